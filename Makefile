@@ -1,0 +1,32 @@
+# `make demo` and `make test` set up .venv on first use and then run.
+PYTHON ?= python3
+# Development and CI run on the CPU build; the package itself takes any torch from 2.11 on.
+TORCH := 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench-cpu clean
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH) -e ".[dev]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/oscar-kv demo
+
+test: $(READY)
+	$(BIN)/pytest -n auto
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench-cpu: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH) -e ".[dev,peers]"
+	$(BIN)/python -m benchmarks.cpu_decode
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,123 @@
+"""Uniform grids ``x ~ scale * code + zero`` fitted to groups (docs/how-it-works.md).
+
+``fit_minmax`` is the paper's grid. ``fit_unbiased`` chooses the codes by least squares and then
+undoes the shrinkage that least squares brings, so that regressing the reconstruction on ``x``
+gives slope one. Both round the metadata to its storage type *before* whatever depends on it, so
+that the codes and the corrections see the numbers that will be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Rounding = Callable[[Tensor], Tensor]
+
+_SHRUNKEN_RANGES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.70, 0.64, 0.58, 0.52, 0.46)
+_REFITS = 2
+
+
+class Grid(NamedTuple):
+    """A fitted group grid; the group dimension of ``scale`` and ``zero`` has size one."""
+
+    codes: Tensor
+    """uint8, the shape of the fitted tensor, values ``0 .. 2**bits - 1``."""
+    scale: Tensor
+    """float32, as it will be read from storage."""
+    zero: Tensor
+    """float32, as it will be read from storage: the value of code 0."""
+
+    def reconstruct(self) -> Tensor:
+        """``scale * code + zero``, float32."""
+        return self.scale * self.codes + self.zero
+
+
+def round_fp16(x: Tensor) -> Tensor:
+    """To the nearest float16, saturating; float32 out."""
+    return x.clamp(-65504.0, 65504.0).to(torch.float16).float()
+
+
+def round_fp8(x: Tensor) -> Tensor:
+    """To the nearest float8 E4M3, saturating; float32 out."""
+    return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
+
+
+def fit_minmax(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Grid:
+    """The paper's grid: ``scale = (max - min) / L``, ``zero = -round(-min / scale) * scale``.
+
+    A constant group gets the scale ``|x|`` (1 if zero), which represents it without error.
+
+    Args:
+        x: float32, any shape.
+        dim: the dimension that forms a group.
+        bits: bits per code; ``L = 2**bits - 1``.
+        round_metadata: rounding of scale and zero to their storage type.
+    """
+    levels = 2**bits - 1
+    low, high = torch.aminmax(x, dim=dim, keepdim=True)
+    scale = round_metadata((high - low) / levels)
+    constant = round_metadata(low.abs())
+    constant = torch.where(constant > 0, constant, torch.ones_like(constant))
+    scale = torch.where(scale > 0, scale, constant)
+    zero_point = torch.round(-low / scale)
+    codes = (torch.round(x / scale) + zero_point).clamp_(0, levels)
+    return Grid(codes.to(torch.uint8), scale, round_metadata(-zero_point * scale))
+
+
+def fit_unbiased(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Grid:
+    """Least-squares codes, then ``scale = var(x) / cov(x, code)``: no shrinkage on average.
+
+    A constant group gets scale 0 and its mean as zero.
+
+    Args: as :func:`fit_minmax`.
+    """
+    levels = 2**bits - 1
+    mean = x.mean(dim, keepdim=True)
+    centred = x - mean
+    codes = _nearest_codes(centred, *_search_range(centred, dim, levels), levels)
+    for _ in range(_REFITS):
+        codes_mean = codes.mean(dim, keepdim=True)
+        covariance = (centred * codes).mean(dim, keepdim=True)
+        scale = covariance / _positive((codes - codes_mean).square().mean(dim, keepdim=True))
+        codes = _nearest_codes(centred, scale, -scale * codes_mean, levels)
+    covariance = (centred * codes).mean(dim, keepdim=True)
+    variance = centred.square().mean(dim, keepdim=True)
+    scale = torch.where(covariance > 0, variance / _positive(covariance), 0.0)
+    scale = round_metadata(scale)
+    zero = round_metadata(mean - scale * codes.mean(dim, keepdim=True))
+    return Grid(codes.to(torch.uint8), scale, zero)
+
+
+FITS: dict[str, Callable[[Tensor, int, int, Rounding], Grid]] = {
+    "minmax": fit_minmax,
+    "unbiased": fit_unbiased,
+}
+
+
+def _search_range(centred: Tensor, dim: int, levels: int) -> tuple[Tensor, Tensor]:
+    """(scale, zero) of the shrunken min-max range with the least squared error."""
+    low, high = torch.aminmax(centred, dim=dim, keepdim=True)
+    middle, full = (low + high) / 2, _positive((high - low) / levels)
+    position = (centred - middle) / full
+    best_error = torch.full_like(full, torch.inf)
+    best_ratio = torch.ones_like(full)
+    for ratio in _SHRUNKEN_RANGES:
+        # codes counted from the middle: -levels/2, ..., levels/2
+        nearest = (position / ratio + levels / 2).round_().clamp_(0, levels).sub_(levels / 2)
+        error = nearest.mul_(ratio).sub_(position).square_().sum(dim, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_ratio = torch.where(better, ratio, best_ratio)
+    scale = full * best_ratio
+    return scale, middle - scale * (levels / 2)
+
+
+def _nearest_codes(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
+    return ((x - zero) / _positive(scale)).round_().clamp_(0, levels)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,233 @@
+"""Operations on packed pages. Every call is checked here and handed to one backend.
+
+:func:`~oscar_kv.kernels.dispatch.choose` says which backend and why; the environment variable
+``OSCAR_KV_BACKEND`` overrides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from oscar_kv.config import OscarConfig
+from oscar_kv.kernels.dispatch import choose
+from oscar_kv.kernels.masking import Visibility
+from oscar_kv.storage.layout import PageLayout
+from oscar_kv.storage.packed import PackedKV
+
+DECODE_QUERIES = 16
+"""The most new tokens per sequence that :func:`decode_attention` takes."""
+
+
+def pack(keys: Tensor, values: Tensor, layout: PageLayout) -> Tensor:
+    """Rotates, scales, fits and packs whole pages.
+
+    Args:
+        keys: ``[N, H, 128, D]`` after RoPE, unrotated.
+        values: ``[N, H, 128, E]``, unrotated.
+        layout: the page layout.
+
+    Returns:
+        uint8 ``[N, H, page_bytes]``.
+    """
+    return choose(layout, keys.device)[0].operations.pack(keys, values, layout)
+
+
+def unpack(
+    pages: Tensor, layout: PageLayout, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The keys ``[N, H, 128, D]`` and values ``[N, H, 128, E]`` that ``pages`` stand for."""
+    return choose(layout, pages.device)[0].operations.unpack(pages, layout, dtype)
+
+
+def append(
+    packed: PackedKV, keys: Tensor, values: Tensor, *, lengths: Sequence[int] | None = None
+) -> None:
+    """Appends new tokens to every sequence; arguments and errors of :meth:`PackedKV.append`."""
+    choose(packed.layout, packed.device)[0].operations.append(packed, keys, values, lengths)
+
+
+def quantize(
+    keys: Tensor,
+    values: Tensor,
+    config: OscarConfig | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
+) -> PackedKV:
+    """Quantizes the keys and values of one attention layer.
+
+    Args:
+        keys: ``[B, H, T, D]`` after RoPE; float16, bfloat16 or float32.
+        values: ``[B, H, T, E]``, the same dtype.
+        config: ``OscarConfig.compact()`` if omitted.
+        lengths: tokens of each sequence, where fewer than T, counted from the left.
+
+    Returns:
+        The packed sequences; ``.nbytes`` and ``.memory()`` say how large they are.
+
+    Raises:
+        ValueError, TypeError: as :class:`PackedKV` and its ``append``.
+    """
+    for name, states in (("keys", keys), ("values", values)):
+        if not isinstance(states, Tensor) or states.ndim != 4:
+            shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise ValueError(f"{name}={shape}: expected a tensor [B, H, T, channels]")
+    packed = PackedKV(
+        OscarConfig() if config is None else config,
+        batch_size=keys.shape[0],
+        num_kv_heads=keys.shape[1],
+        head_dim=keys.shape[3],
+        value_head_dim=None if values.shape[3] == keys.shape[3] else values.shape[3],
+        dtype=keys.dtype,
+        device=keys.device,
+    )
+    append(packed, keys, values, lengths=lengths)
+    return packed
+
+
+def dequantize(packed: PackedKV, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """All keys and values of ``packed`` in the original basis; see :meth:`PackedKV.dense`."""
+    return packed.dense(dtype)
+
+
+def decode_attention(
+    query: Tensor,
+    packed: PackedKV,
+    *,
+    scaling: float | None = None,
+    starts: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of the 1..16 newest tokens of each sequence, straight from packed pages.
+
+    Arguments, result and errors of :func:`extend_attention`, which takes more queries.
+    """
+    if query.ndim == 4 and query.shape[2] > DECODE_QUERIES:
+        raise ValueError(
+            f"query holds {query.shape[2]} tokens per sequence: decode_attention takes at most "
+            f"{DECODE_QUERIES}; use extend_attention"
+        )
+    return extend_attention(
+        query,
+        packed,
+        scaling=scaling,
+        starts=starts,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        s_aux=s_aux,
+        mask=mask,
+    )
+
+
+def extend_attention(
+    query: Tensor,
+    packed: PackedKV,
+    new_keys: Tensor | None = None,
+    new_values: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    starts: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of the newest ``Tq`` tokens of each sequence over all of ``packed``.
+
+    ``packed`` already holds the new tokens. Query ``i`` of sequence ``b`` sits at position
+    ``packed.lengths[b] - Tq + i``.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``, after RoPE, unrotated; ``Hq`` a multiple of the KV heads.
+        packed: the sequences, new tokens included.
+        new_keys: ``[B, H, Tq, D]``: the new tokens' exact keys. With many new tokens some are
+            in packed pages already; given these, the queries see them exactly.
+        new_values: ``[B, H, Tq, E]``, with ``new_keys``.
+        scaling: logit factor, ``D ** -0.5`` if omitted.
+        starts: int ``[B]``, first visible position of each sequence (left padding).
+        sliding_window: how many newest positions a query sees, itself included.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        s_aux: ``[Hq]`` attention-sink logits that join the softmax and carry no value.
+        mask: bool (True = visible) or additive, broadcastable to ``[B, Hq, Tq, T]`` with
+            ``T >= packed.max_length``; it then replaces causality and ``starts``.
+
+    Returns:
+        ``[B, Hq, Tq, E]`` in the dtype of ``query``. A query that may see nothing gets zeros.
+
+    Raises:
+        ValueError: for shapes that do not fit ``packed``, or more queries than tokens.
+        TypeError: for a query that is not floating point.
+    """
+    layout = packed.layout
+    _check_query(query, packed)
+    if (new_keys is None) != (new_values is None):
+        raise ValueError("new_keys and new_values: expected both or neither")
+    shape = (packed.batch_size, layout.num_kv_heads, query.shape[2])
+    for name, states, channels in (
+        ("new_keys", new_keys, layout.head_dim),
+        ("new_values", new_values, layout.value_dim),
+    ):
+        if states is not None and tuple(states.shape) != (*shape, channels):
+            raise ValueError(f"{name}={tuple(states.shape)}: expected {(*shape, channels)}")
+    if s_aux is not None and tuple(s_aux.shape) != (query.shape[1],):
+        raise ValueError(f"s_aux={tuple(s_aux.shape)}: expected {(query.shape[1],)}")
+    if starts is not None and tuple(starts.shape) != (packed.batch_size,):
+        raise ValueError(f"starts={tuple(starts.shape)}: expected {(packed.batch_size,)}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window}: expected a positive integer")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap}: expected a positive number")
+    if mask is not None:
+        _check_mask(mask, query, packed)
+    return choose(layout, packed.device)[0].operations.attend(
+        query,
+        packed,
+        new_keys,
+        new_values,
+        layout.head_dim**-0.5 if scaling is None else scaling,
+        softcap,
+        s_aux,
+        Visibility(packed.lengths, query.shape[2], starts, sliding_window, mask),
+    )
+
+
+def _check_query(query: Tensor, packed: PackedKV) -> None:
+    layout = packed.layout
+    if not query.is_floating_point():
+        raise TypeError(f"query is {query.dtype}: expected floating point")
+    if (
+        query.ndim != 4
+        or query.shape[0] != packed.batch_size
+        or query.shape[1] % layout.num_kv_heads
+        or query.shape[3] != layout.head_dim
+    ):
+        raise ValueError(
+            f"query={tuple(query.shape)}: expected [B, Hq, Tq, D] = [{packed.batch_size}, a "
+            f"multiple of {layout.num_kv_heads}, Tq, {layout.head_dim}]"
+        )
+    if query.device != packed.device:
+        raise ValueError(f"query is on {query.device}: packed is on {packed.device}")
+    if not 1 <= query.shape[2] <= min(packed.lengths):
+        raise ValueError(
+            f"query holds {query.shape[2]} tokens per sequence: expected 1 to "
+            f"{min(packed.lengths)}, the tokens that every sequence has"
+        )
+
+
+def _check_mask(mask: Tensor, query: Tensor, packed: PackedKV) -> None:
+    batch, num_heads, num_queries, _ = query.shape
+    wanted = (batch, num_heads, num_queries)
+    if (
+        mask.ndim != 4
+        or any(size not in (1, full) for size, full in zip(mask.shape, wanted))
+        or mask.shape[3] < packed.max_length
+    ):
+        raise ValueError(
+            f"mask={tuple(mask.shape)}: expected something broadcastable to {list(wanted)} x "
+            f"at least {packed.max_length} positions"
+        )

@@ -1,0 +1,462 @@
+"""``PackedKV``: the quantized keys and values of one attention layer for a batch of sequences.
+
+A sequence is, from its first token to its newest: ``sink_tokens`` in full precision, whole pages
+of 128 quantized tokens, and a full-precision tail. The tail holds ``recent_tokens`` to
+``recent_tokens + 127`` tokens; when 128 tokens have left the recent window they become a page.
+Each token is quantized once.
+
+Lengths are kept twice: as device tensors for the kernels and as Python integers for bookkeeping,
+so that no operation here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from oscar_kv.config import PAGE_TOKENS, OscarConfig
+from oscar_kv.storage.codec import decode_pages, encode_pages
+from oscar_kv.storage.layout import PageLayout
+from oscar_kv.storage.pool import PagePool
+
+PackFunction = Callable[[Tensor, Tensor, PageLayout], Tensor]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass
+class _Sequence:
+    """Host-side state of one sequence."""
+
+    sinks: int
+    pages: list[int]
+    tail: int
+
+    @property
+    def length(self) -> int:
+        return self.sinks + PAGE_TOKENS * len(self.pages) + self.tail
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences of equal shape, which one tensor operation can handle together."""
+
+    rows: slice | Tensor
+    sequences: list[_Sequence]
+    new_tokens: int
+
+    @property
+    def sample(self) -> _Sequence:
+        return self.sequences[0]
+
+
+@dataclass(frozen=True)
+class _Write:
+    """What one append will write to a group, worked out before anything is written."""
+
+    group: _Group
+    sinks: tuple[Tensor, Tensor]
+    pages: Tensor | None
+    """uint8 ``[rows, new pages, H, page_bytes]``."""
+    tail_begin: int
+    tail: tuple[Tensor, Tensor]
+
+
+class PackedKV:
+    """A batch of quantized sequences, grown by :meth:`append`.
+
+    Args:
+        config: what is quantized and how.
+        batch_size: sequences, B.
+        num_kv_heads: KV heads, H.
+        head_dim: key channels, D.
+        value_head_dim: value channels, E; ``head_dim`` if omitted.
+        dtype: of the full-precision tokens: float16, bfloat16 or float32.
+        device: where everything lives.
+
+    Raises:
+        ValueError: for sizes that have no page layout.
+        TypeError: for another dtype.
+    """
+
+    def __init__(
+        self,
+        config: OscarConfig,
+        *,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype={dtype}: expected one of {_DTYPES}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: expected a positive integer")
+        self.config = config
+        self.layout = PageLayout(config, head_dim, num_kv_heads, value_head_dim)
+        self.dtype = dtype
+        device = torch.device(device)
+        self.pool = PagePool(self.layout, device)
+        self._sequences = [_Sequence(0, [], 0) for _ in range(batch_size)]
+
+        def full_precision(tokens: int, channels: int) -> Tensor:
+            return torch.zeros(
+                (batch_size, num_kv_heads, tokens, channels), dtype=dtype, device=device
+            )
+
+        capacity = config.recent_tokens + PAGE_TOKENS
+        self.tail_keys = full_precision(capacity, head_dim)
+        """``[B, H, recent_tokens + 128, D]``, of which `tail_lengths` tokens are in use."""
+        self.tail_values = full_precision(capacity, self.layout.value_dim)
+        self.sink_keys = full_precision(config.sink_tokens, head_dim)
+        """``[B, H, sink_tokens, D]``, of which `sink_lengths` tokens are in use."""
+        self.sink_values = full_precision(config.sink_tokens, self.layout.value_dim)
+        self.block_table = torch.zeros((batch_size, 0), dtype=torch.int32, device=device)
+        """int32 ``[B, max pages]``: ids of each sequence's pages in the pool, oldest first."""
+        self.page_counts = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        """int32 ``[B]``: pages of each sequence."""
+        self.tail_lengths = torch.zeros_like(self.page_counts)
+        """int32 ``[B]``: tokens in the tail of each sequence."""
+        self.sink_lengths = torch.zeros_like(self.page_counts)
+        """int32 ``[B]``: full-precision first tokens of each sequence."""
+
+    # -- what is stored ---------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, B."""
+        return len(self._sequences)
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything lives."""
+        return self.tail_keys.device
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, known without asking the device."""
+        return [sequence.length for sequence in self._sequences]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+    @property
+    def pages_per_sequence(self) -> list[int]:
+        """Pages of each sequence."""
+        return [len(sequence.pages) for sequence in self._sequences]
+
+    @property
+    def sinks_per_sequence(self) -> list[int]:
+        """Full-precision first tokens of each sequence."""
+        return [sequence.sinks for sequence in self._sequences]
+
+    @property
+    def tails_per_sequence(self) -> list[int]:
+        """Full-precision newest tokens of each sequence."""
+        return [sequence.tail for sequence in self._sequences]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all sequences have as many sinks, pages and tail tokens."""
+        return len(self._groups()) == 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, unused capacity included."""
+        return sum(self.memory().values())
+
+    def memory(self) -> dict[str, int]:
+        """Bytes allocated, by kind.
+
+        ``codes``, ``metadata`` (scales, zeros, units), ``norms`` (token scales) and ``padding`` of
+        the pages in use, ``tail`` for tokens in full precision, ``tables`` for block table and
+        lengths, ``unused`` for allocated pages and tail slots that hold nothing.
+        """
+        heads = self.layout.num_kv_heads
+        kinds = {k: v * heads * self.pool.used for k, v in self.layout.bytes_by_kind().items()}
+        token = heads * (self.layout.head_dim + self.layout.value_dim) * self.dtype.itemsize
+        tail = token * sum(s.sinks + s.tail for s in self._sequences)
+        slots = token * self.batch_size * (self.tail_keys.shape[2] + self.sink_keys.shape[2])
+        free_pages = (self.pool.capacity - self.pool.used) * heads * self.layout.page_bytes
+        tables = (self.block_table, self.page_counts, self.tail_lengths, self.sink_lengths)
+        return {
+            **kinds,
+            "tail": tail,
+            "tables": sum(t.numel() * t.itemsize for t in tables),
+            "unused": slots - tail + free_pages,
+        }
+
+    def dense(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """All tokens, dequantized, in the original basis.
+
+        Args:
+            dtype: of the result; the model's dtype if omitted. float64 computes in float64.
+
+        Returns:
+            keys ``[B, H, T, D]`` and values ``[B, H, T, E]`` with ``T = max_length``; a shorter
+            sequence is followed by zeros.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        shape = (self.batch_size, self.layout.num_kv_heads, self.max_length)
+        keys = torch.zeros((*shape, self.layout.head_dim), dtype=dtype, device=self.device)
+        values = torch.zeros((*shape, self.layout.value_dim), dtype=dtype, device=self.device)
+        for group in self._groups():
+            rows, sample = group.rows, group.sample
+            sinks, count, end = sample.sinks, len(sample.pages), sample.length
+            parts_k = [self.sink_keys[rows, :, :sinks].to(dtype)]
+            parts_v = [self.sink_values[rows, :, :sinks].to(dtype)]
+            if count:
+                table = self.block_table[rows, :count]
+                decoded = decode_pages(self.pool.data[table.flatten()], self.layout, dtype)
+                for parts, pages in zip((parts_k, parts_v), decoded):
+                    by_row = pages.unflatten(0, table.shape).transpose(1, 2)
+                    parts.append(by_row.flatten(2, 3))
+            parts_k.append(self.tail_keys[rows, :, : sample.tail].to(dtype))
+            parts_v.append(self.tail_values[rows, :, : sample.tail].to(dtype))
+            keys[rows, :, :end] = torch.cat(parts_k, 2)
+            values[rows, :, :end] = torch.cat(parts_v, 2)
+        return keys, values
+
+    # -- growing and shrinking --------------------------------------------------------------
+
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        lengths: Sequence[int] | None = None,
+        pack: PackFunction = encode_pages,
+    ) -> None:
+        """Adds new tokens to every sequence. On an error nothing has changed.
+
+        Args:
+            keys: ``[B, H, T, D]`` after RoPE, unrotated, in the dtype of this cache.
+            values: ``[B, H, T, E]``.
+            lengths: how many of the T tokens of each sequence count, from the left; all if
+                omitted.
+            pack: turns whole pages of tokens into bytes, as :func:`encode_pages` does.
+
+        Raises:
+            ValueError: for wrong shapes, lengths or devices, and for NaN or Inf where
+                ``config.check_finite`` is set.
+            TypeError: for another dtype than the cache's.
+        """
+        counts = self._checked_counts(keys, values, lengths)
+        keys, values = self._finite(keys, values, counts)
+        groups = [group for group in self._groups(counts) if group.new_tokens]
+        writes = [self._plan(group, keys, values, pack) for group in groups]
+        new_pages = [write.pages.flatten(0, 1) for write in writes if write.pages is not None]
+        ids = self.pool.add(torch.cat(new_pages)) if new_pages else []
+        for write in writes:
+            ids = self._commit(write, ids)
+        self._sync_lengths()
+
+    def crop(self, lengths: int | Sequence[int]) -> None:
+        """Keeps only the first ``lengths`` tokens of every sequence (one number, or one each).
+
+        Pages that remain whole stay as they are. A page that is cut is dequantized and its
+        remaining tokens return to the tail, from where they are quantized again once their page
+        is complete: the one exception to "each token is quantized once".
+
+        Raises:
+            ValueError: if a sequence has fewer tokens.
+        """
+        wanted = [lengths] * self.batch_size if isinstance(lengths, int) else list(lengths)
+        if len(wanted) != self.batch_size or any(
+            not 0 <= new <= old for new, old in zip(wanted, self.lengths)
+        ):
+            raise ValueError(f"lengths={lengths!r}: expected values within {self.lengths}")
+        for row, (length, sequence) in enumerate(zip(wanted, self._sequences)):
+            sinks = min(sequence.sinks, length)
+            whole, rest = divmod(length - sinks, PAGE_TOKENS)
+            if whole < len(sequence.pages):
+                if rest:
+                    page = self.pool.data[sequence.pages[whole]].unsqueeze(0)
+                    cut_keys, cut_values = decode_pages(page, self.layout, self.dtype)
+                    self.tail_keys[row, :, :rest] = cut_keys[0, :, :rest]
+                    self.tail_values[row, :, :rest] = cut_values[0, :, :rest]
+                self.pool.release(sequence.pages[whole:])
+                del sequence.pages[whole:]
+            sequence.sinks = sinks
+            sequence.tail = length - sinks - PAGE_TOKENS * len(sequence.pages)
+        self._sync_lengths()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Replaces the batch by these of its sequences, in this order, repeats allowed.
+
+        Beam search's reorder, repeat and select are all this. Pages are shared, not copied.
+
+        Raises:
+            ValueError: if ``rows`` is empty or names a sequence that does not exist.
+        """
+        rows = [int(row) for row in rows]
+        if not rows or any(not 0 <= row < self.batch_size for row in rows):
+            raise ValueError(f"rows={rows!r}: expected indices below {self.batch_size}")
+        chosen = [self._sequences[row] for row in rows]
+        for sequence in chosen:
+            self.pool.hold(sequence.pages)
+        for sequence in self._sequences:
+            self.pool.release(sequence.pages)
+        self._sequences = [replace(s, pages=list(s.pages)) for s in chosen]
+        index = torch.tensor(rows, device=self.device)
+        for name in _BATCHED:
+            setattr(self, name, getattr(self, name).index_select(0, index))
+
+    def reset(self) -> None:
+        """Forgets every token; keeps the memory."""
+        self.crop(0)
+
+    def to(self, device: torch.device | str) -> PackedKV:
+        """Moves everything to ``device``, in place."""
+        self.pool.to(device)
+        for name in _BATCHED:
+            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        return self
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _groups(self, new_tokens: Sequence[int] | None = None) -> list[_Group]:
+        """The batch, split into groups with equally many sinks, pages, tail and new tokens."""
+        members: dict[tuple[int, int, int, int], list[int]] = {}
+        for row, s in enumerate(self._sequences):
+            key = (s.sinks, len(s.pages), s.tail, new_tokens[row] if new_tokens else 0)
+            members.setdefault(key, []).append(row)
+        return [
+            _Group(
+                slice(None) if len(members) == 1 else torch.tensor(rows, device=self.device),
+                [self._sequences[row] for row in rows],
+                key[-1],
+            )
+            for key, rows in members.items()
+        ]
+
+    def _checked_counts(
+        self, keys: Tensor, values: Tensor, lengths: Sequence[int] | None
+    ) -> list[int]:
+        tokens = keys.shape[2] if keys.ndim == 4 else -1
+        for name, states, channels in (
+            ("keys", keys, self.layout.head_dim),
+            ("values", values, self.layout.value_dim),
+        ):
+            expected = (self.batch_size, self.layout.num_kv_heads, tokens, channels)
+            if tuple(states.shape) != expected:
+                raise ValueError(
+                    f"{name} of shape {tuple(states.shape)}: expected [B, H, T, channels] = "
+                    f"[{self.batch_size}, {self.layout.num_kv_heads}, T, {channels}], "
+                    "the same T for keys and values"
+                )
+            if states.dtype != self.dtype:
+                raise TypeError(f"{name} are {states.dtype}: this cache holds {self.dtype}")
+            if states.device != self.device:
+                raise ValueError(f"{name} are on {states.device}: this cache is on {self.device}")
+        if lengths is None:
+            return [tokens] * self.batch_size
+        counts = [int(length) for length in lengths]
+        if len(counts) != self.batch_size or any(not 0 <= c <= tokens for c in counts):
+            raise ValueError(
+                f"lengths={counts!r}: expected {self.batch_size} numbers in [0, {tokens}]"
+            )
+        return counts
+
+    def _finite(self, keys: Tensor, values: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Raises on a non-finite token, or makes it zero where the config asks not to check."""
+        finite = keys.isfinite().all(-1) & values.isfinite().all(-1)
+        if self.config.check_finite:
+            tokens = torch.arange(keys.shape[2], device=self.device)
+            counted = tokens < torch.tensor(counts, device=self.device).view(-1, 1, 1)
+            bad = ~finite & counted
+            if bad.any():
+                row, head, token = bad.nonzero()[0].tolist()
+                raise ValueError(
+                    f"keys or values hold NaN or Inf, first in sequence {row}, KV head {head}, "
+                    f"new token {token}: expected finite numbers (check_finite=False stores such "
+                    "tokens as zeros)"
+                )
+            return keys, values
+        keep = finite.unsqueeze(-1)
+        return torch.where(keep, keys, 0), torch.where(keep, values, 0)
+
+    def _plan(self, group: _Group, keys: Tensor, values: Tensor, pack: PackFunction) -> _Write:
+        rows, before = group.rows, group.sample
+        keys = keys[rows, :, : group.new_tokens]
+        values = values[rows, :, : group.new_tokens]
+        sinks = min(self.config.sink_tokens - before.sinks, group.new_tokens)
+        sink_states = keys[:, :, :sinks], values[:, :, :sinks]
+        keys, values = keys[:, :, sinks:], values[:, :, sinks:]
+        complete = max(0, before.tail + keys.shape[2] - self.config.recent_tokens) // PAGE_TOKENS
+        if not complete:
+            return _Write(group, sink_states, None, before.tail, (keys, values))
+        if before.tail:
+            keys = torch.cat([self.tail_keys[rows, :, : before.tail], keys], 2)
+            values = torch.cat([self.tail_values[rows, :, : before.tail], values], 2)
+        end = complete * PAGE_TOKENS
+
+        def whole_pages(states: Tensor) -> Tensor:
+            pages = states[:, :, :end].unflatten(2, (complete, PAGE_TOKENS))
+            return pages.transpose(1, 2).flatten(0, 1)
+
+        packed = pack(whole_pages(keys), whole_pages(values), self.layout)
+        rest = keys[:, :, end:], values[:, :, end:]
+        return _Write(group, sink_states, packed.unflatten(0, (-1, complete)), 0, rest)
+
+    def _commit(self, write: _Write, ids: list[int]) -> list[int]:
+        """Writes one planned append; returns the page ids that remain for the others."""
+        rows, before = write.group.rows, write.group.sample
+        sinks = write.sinks[0].shape[2]
+        if sinks:
+            target = slice(before.sinks, before.sinks + sinks)
+            self.sink_keys[rows, :, target], self.sink_values[rows, :, target] = write.sinks
+        end = write.tail_begin + write.tail[0].shape[2]
+        target = slice(write.tail_begin, end)
+        self.tail_keys[rows, :, target], self.tail_values[rows, :, target] = write.tail
+        if write.pages is not None:
+            count, complete = write.pages.shape[:2]
+            first = len(before.pages)
+            self._widen_table(first + complete)
+            new = torch.tensor(ids[: count * complete], dtype=torch.int32, device=self.device)
+            self.block_table[rows, first : first + complete] = new.view(count, complete)
+        for sequence in write.group.sequences:
+            sequence.sinks += sinks
+            sequence.tail = end
+            if write.pages is not None:
+                sequence.pages += ids[: write.pages.shape[1]]
+                ids = ids[write.pages.shape[1] :]
+        return ids
+
+    def _widen_table(self, width: int) -> None:
+        old = self.block_table.shape[1]
+        if width > old:
+            table = self.block_table.new_zeros(self.batch_size, width + width // 8)
+            table[:, :old] = self.block_table
+            self.block_table = table
+
+    def _sync_lengths(self) -> None:
+        """Brings the device-side lengths up to the host's."""
+        for tensor, numbers in (
+            (self.page_counts, self.pages_per_sequence),
+            (self.tail_lengths, self.tails_per_sequence),
+            (self.sink_lengths, self.sinks_per_sequence),
+        ):
+            if len(set(numbers)) == 1:
+                tensor.fill_(numbers[0])
+            else:
+                tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
+
+
+_BATCHED = (
+    "tail_keys",
+    "tail_values",
+    "sink_keys",
+    "sink_values",
+    "block_table",
+    "page_counts",
+    "tail_lengths",
+    "sink_lengths",
+)

@@ -1,0 +1,78 @@
+"""Pages of one layer: one tensor, a free list and a count of how many sequences hold each page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from oscar_kv.storage.layout import PageLayout
+
+
+class PagePool:
+    """Fixed-size pages, addressed by id. A written page is immutable, so sequences may share it.
+
+    Growing copies the pool once per 1/32 of its size, which is negligible beside the attention
+    that reads all of it every step; what is allocated beyond need stays below that 1/32.
+    """
+
+    def __init__(self, layout: PageLayout, device: torch.device) -> None:
+        self.layout = layout
+        self.data: Tensor = torch.empty(
+            (0, layout.num_kv_heads, layout.page_bytes), dtype=torch.uint8, device=device
+        )
+        """uint8 ``[capacity, H, page_bytes]``."""
+        self._free: list[int] = []
+        self._holders: Counter[int] = Counter()
+
+    @property
+    def capacity(self) -> int:
+        """Pages allocated, in use or not."""
+        return self.data.shape[0]
+
+    @property
+    def used(self) -> int:
+        """Pages in use, each counted once however many sequences hold it."""
+        return self.capacity - len(self._free)
+
+    def add(self, pages: Tensor) -> list[int]:
+        """Stores new pages (uint8 ``[n, H, page_bytes]``), each with one holder; returns ids."""
+        count = pages.shape[0]
+        if count > len(self._free):
+            self._grow(self.used + count)
+        ids = [self._free.pop() for _ in range(count)]
+        if count:
+            contiguous = ids == list(range(ids[0], ids[0] + count))
+            target = slice(ids[0], ids[0] + count) if contiguous else self._index(ids)
+            self.data[target] = pages
+        self._holders.update(ids)
+        return ids
+
+    def hold(self, ids: Iterable[int]) -> None:
+        """Adds one holder to each page."""
+        self._holders.update(ids)
+
+    def release(self, ids: Iterable[int]) -> None:
+        """Removes one holder from each page; a page without holders becomes free."""
+        for page in ids:
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                del self._holders[page]
+                self._free.append(page)
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves all pages to ``device``."""
+        self.data = self.data.to(device, non_blocking=True)
+
+    def _grow(self, needed: int) -> None:
+        old = self.capacity
+        capacity = needed if old == 0 else max(needed, old + -(-old // 32))
+        data = self.data.new_empty((capacity, *self.data.shape[1:]))
+        data[:old] = self.data
+        self.data = data
+        self._free[:0] = range(capacity - 1, old - 1, -1)
+
+    def _index(self, ids: list[int]) -> Tensor:
+        return torch.tensor(ids, device=self.data.device)
