@@ -31,13 +31,13 @@ class OscarConfig:
 
     Attributes:
         key_bits, value_bits: bits per code, 2 or 4.
-        key_group: consecutive tokens that share one (scale, zero) per key channel; divides 128.
-        value_group: channels that share one (scale, zero) per value token; ``None`` is the whole
+        key_group: consecutive tokens that share one (scale, centre) per key channel; divides 128.
+        value_group: channels that share one (scale, centre) per value token; ``None`` is the whole
             head. Where it does not divide the head, the nearest divisor is used (head_dim 80
             turns 32 into 40), see :meth:`value_group_for`.
         fit: ``"minmax"`` is the paper's grid, ``"unbiased"`` least-squares codes with the
             shrinkage undone (docs/how-it-works.md).
-        metadata: storage type of scales and zeros. ``"fp8"`` is E4M3.
+        metadata: storage type of scales and centres. ``"fp8"`` is E4M3.
         token_scale: what one key scale covers: a token of one KV head, a token across all KV
             heads (paper), or ``"none"`` for plain per-channel quantization.
         token_scale_exponent: the norm's exponent in the token scale (1 factors it out fully).

@@ -2,8 +2,9 @@
 
 ``fit_minmax`` is the paper's grid. ``fit_unbiased`` chooses the codes by least squares and then
 undoes the shrinkage that least squares brings, so that regressing the reconstruction on ``x``
-gives slope one. Both round the metadata to its storage type *before* whatever depends on it, so
-that the codes and the corrections see the numbers that will be read.
+gives slope one. Metadata is rounded to its storage type *before* whatever depends on it, so that
+the codes and the corrections see the numbers that will be read. Scale and *middle* of a grid are
+what is stored (:mod:`oscar_kv.storage.layout`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Grid(NamedTuple):
     scale: Tensor
     """float32, as it will be read from storage."""
     zero: Tensor
-    """float32, as it will be read from storage: the value of code 0."""
+    """float32, the value of code 0."""
 
     def reconstruct(self) -> Tensor:
         """``scale * code + zero``, float32."""
@@ -54,7 +55,7 @@ def fit_minmax(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Grid
         x: float32, any shape.
         dim: the dimension that forms a group.
         bits: bits per code; ``L = 2**bits - 1``.
-        round_metadata: rounding of scale and zero to their storage type.
+        round_metadata: rounding of scale and middle to their storage type.
     """
     levels = 2**bits - 1
     low, high = torch.aminmax(x, dim=dim, keepdim=True)
@@ -64,13 +65,13 @@ def fit_minmax(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Grid
     scale = torch.where(scale > 0, scale, constant)
     zero_point = torch.round(-low / scale)
     codes = (torch.round(x / scale) + zero_point).clamp_(0, levels)
-    return Grid(codes.to(torch.uint8), scale, round_metadata(-zero_point * scale))
+    return Grid(codes.to(torch.uint8), scale, -zero_point * scale)
 
 
 def fit_unbiased(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Grid:
     """Least-squares codes, then ``scale = var(x) / cov(x, code)``: no shrinkage on average.
 
-    A constant group gets scale 0 and its mean as zero.
+    A constant group gets scale 0 and its mean.
 
     Args: as :func:`fit_minmax`.
     """
@@ -87,8 +88,8 @@ def fit_unbiased(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Gr
     variance = centred.square().mean(dim, keepdim=True)
     scale = torch.where(covariance > 0, variance / _positive(covariance), 0.0)
     scale = round_metadata(scale)
-    zero = round_metadata(mean - scale * codes.mean(dim, keepdim=True))
-    return Grid(codes.to(torch.uint8), scale, zero)
+    middle = round_metadata(mean - scale * (codes.mean(dim, keepdim=True) - levels / 2))
+    return Grid(codes.to(torch.uint8), scale, middle - scale * (levels / 2))
 
 
 FITS: dict[str, Callable[[Tensor, int, int, Rounding], Grid]] = {

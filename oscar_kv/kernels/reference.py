@@ -160,7 +160,8 @@ def _folded_logits(rotated: Tensor, pages: Tensor, layout: PageLayout) -> Tensor
     group = layout.config.key_group
     query = rotated.unsqueeze(1).expand(-1, pages.shape[0] // batch, -1, -1, -1).flatten(0, 1)
     scale = layout.field(pages, "key_scale").float().unsqueeze(-2)  # [N, H, G, 1, D]
-    zero = layout.field(pages, "key_zero").float()  # [N, H, G, D]
+    zero = layout.field(pages, "key_centre").float()  # [N, H, G, D]
+    zero = zero - scale.squeeze(-2) * codec.grid_middle(layout.config.key_bits)
     scaled = query.unsqueeze(2) * scale  # [N, H, G, M, D]
     words = layout.field(pages, "key_codes")
     logits = rotated.new_zeros(())
@@ -182,7 +183,8 @@ def _folded_values(probs: Tensor, pages: Tensor, layout: PageLayout) -> Tensor:
     by_page = probs.unflatten(-1, (-1, PAGE_TOKENS)).movedim(3, 1).flatten(0, 1)  # [N, H, M, 128]
     by_page = by_page * codec.value_units(pages, layout).unsqueeze(-1)
     scale = layout.field(pages, "value_scale").float().unsqueeze(-2)  # [N, H, V, 1, 128]
-    zero = layout.field(pages, "value_zero").float()  # [N, H, V, 128]
+    zero = layout.field(pages, "value_centre").float()  # [N, H, V, 128]
+    zero = zero - scale.squeeze(-2) * codec.grid_middle(layout.config.value_bits)
     scaled = by_page.unsqueeze(2) * scale  # [N, H, V, M, 128]
     words = layout.field(pages, "value_codes").transpose(-3, -2)  # [N, H, sets, E / 8, 8, 16]
     output = probs.new_zeros(())

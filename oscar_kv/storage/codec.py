@@ -126,14 +126,16 @@ def read_pages(
     group = layout.config.key_group
     keys = key_codes(pages, layout).to(dtype).unflatten(2, (-1, group))
     scale = layout.field(pages, "key_scale").to(dtype).unsqueeze(-2)
-    zero = layout.field(pages, "key_zero").to(dtype).unsqueeze(-2)
-    keys = (keys * scale + zero).flatten(2, 3)
+    centre = layout.field(pages, "key_centre").to(dtype).unsqueeze(-2)
+    middle = grid_middle(layout.config.key_bits)
+    keys = ((keys - middle) * scale + centre).flatten(2, 3)
     keys = keys * token_scales(pages, layout).to(dtype).unsqueeze(-1)
 
     values = value_codes(pages, layout).to(dtype).unflatten(-1, (-1, layout.value_group))
     scale = layout.field(pages, "value_scale").to(dtype).mT.unsqueeze(-1)
-    zero = layout.field(pages, "value_zero").to(dtype).mT.unsqueeze(-1)
-    values = (values * scale + zero).flatten(-2)
+    centre = layout.field(pages, "value_centre").to(dtype).mT.unsqueeze(-1)
+    middle = grid_middle(layout.config.value_bits)
+    values = ((values - middle) * scale + centre).flatten(-2)
     return keys, values * value_units(pages, layout).to(dtype).unsqueeze(-1)
 
 
@@ -165,12 +167,23 @@ def value_units(pages: Tensor, layout: PageLayout) -> Tensor:
     return layout.field(pages, "value_unit")
 
 
+def grid_middle(bits: int) -> float:
+    """The code, half-integer, that stands for the middle of a grid."""
+    return (2**bits - 1) / 2
+
+
+def _storable(metadata: Tensor, layout: PageLayout) -> Tensor:
+    """Saturated to the range of the storage type: a plain conversion would give Inf or NaN."""
+    return _ROUNDING[layout.config.metadata](metadata)
+
+
 def _write_keys(pages: Tensor, keys: QuantizedKeys, layout: PageLayout) -> None:
     grid = keys.grid
     codes = grid.codes.flatten(2, 3).unflatten(2, (PLANES, -1))  # [N, H, planes, 16, D]
     layout.field(pages, "key_codes").copy_(_join_planes(codes, 2, layout.config.key_bits))
     layout.field(pages, "key_scale").copy_(grid.scale.squeeze(-2))
-    layout.field(pages, "key_zero").copy_(grid.zero.squeeze(-2))
+    middle = grid.zero + grid.scale * grid_middle(layout.config.key_bits)
+    layout.field(pages, "key_centre").copy_(_storable(middle.squeeze(-2), layout))
     scales = keys.token_scale.squeeze(-1)
     if layout.config.token_scale == "cross_head":
         heads, stored = scales.shape[1], layout.token_scales_per_page
@@ -185,7 +198,8 @@ def _write_values(pages: Tensor, values: QuantizedValues, layout: PageLayout) ->
     codes = grid.codes.flatten(3).unflatten(2, (-1, 16)).unflatten(-1, (PLANES, -1)).movedim(3, -1)
     layout.field(pages, "value_codes").copy_(_join_planes(codes, 3, layout.config.value_bits))
     layout.field(pages, "value_scale").copy_(grid.scale.squeeze(-1).mT)
-    layout.field(pages, "value_zero").copy_(grid.zero.squeeze(-1).mT)
+    middle = grid.zero + grid.scale * grid_middle(layout.config.value_bits)
+    layout.field(pages, "value_centre").copy_(_storable(middle.squeeze(-1).mT, layout))
     if "value_unit" in layout.fields:
         layout.field(pages, "value_unit").copy_(values.unit.flatten(2))
 

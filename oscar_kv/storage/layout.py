@@ -9,14 +9,17 @@ field         shape and type                     meaning
 ============  =================================  ==========================================
 key_codes     ``[sets, 16, D]`` int16            plane ``p`` of word ``w`` is token ``16 p + w``
 key_scale     ``[G, D]`` metadata                grid step of a key group, per channel
-key_zero      ``[G, D]`` metadata                value of code 0
+key_centre    ``[G, D]`` metadata                middle of the grid, see below
 token_scale   ``[128]`` float16                  ``k = token_scale * u``; across heads: see below
 value_codes   ``[sets, 8, E / 8, 16]`` int16     ``[.., b, w, t]``: plane ``p`` of the word is
                                                  channel ``E / 8 p + w`` of token ``16 b + t``
 value_scale   ``[V, 128]`` metadata              grid step of a value group, per token
-value_zero    ``[V, 128]`` metadata              value of code 0
-value_unit    ``[1]`` float32                    multiplies value_scale and value_zero
+value_centre  ``[V, 128]`` metadata              middle of the grid
+value_unit    ``[1]`` float32                    multiplies value_scale and value_centre
 ============  =================================  ==========================================
+
+A code stands for ``scale * (code - L / 2) + centre``, ``L = 2**bits - 1``. The middle is stored,
+not the value of code 0, because it is smaller and so is the rounding error of a narrow float.
 
 A 16-bit word holds eight 2-bit planes, plane ``p`` in bits ``2 p`` and ``2 p + 1``. 4-bit codes are
 two sets of planes: the low two bits, then the high two. With a token scale shared across heads,
@@ -106,7 +109,7 @@ class PageLayout:
 
     @property
     def value_group(self) -> int:
-        """Channels that share one (scale, zero) per value token."""
+        """Channels that share one (scale, centre) per value token."""
         return self.config.value_group_for(self.value_dim)
 
     @property
@@ -127,11 +130,11 @@ class PageLayout:
         shapes = {
             "key_codes": ((config.key_bits // 2, WORD_TOKENS, self.head_dim), torch.int16),
             "key_scale": ((key_groups, self.head_dim), metadata),
-            "key_zero": ((key_groups, self.head_dim), metadata),
+            "key_centre": ((key_groups, self.head_dim), metadata),
             "token_scale": ((self.token_scales_per_page,), torch.float16),
             "value_codes": ((config.value_bits // 2, *value_words), torch.int16),
             "value_scale": ((value_groups, PAGE_TOKENS), metadata),
-            "value_zero": ((value_groups, PAGE_TOKENS), metadata),
+            "value_centre": ((value_groups, PAGE_TOKENS), metadata),
             "value_unit": ((1,), torch.float32),
         }
         if config.metadata == "fp16":

@@ -13,51 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS, OscarConfig
+from oscar_kv.storage.checks import check_lengths, check_states, require_finite, zero_nonfinite
 from oscar_kv.storage.codec import decode_pages, encode_pages
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.pool import PagePool
+from oscar_kv.storage.sequence import Group, SequenceState, group_by_shape
 
 PackFunction = Callable[[Tensor, Tensor, PageLayout], Tensor]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@dataclass
-class _Sequence:
-    """Host-side state of one sequence."""
-
-    sinks: int
-    pages: list[int]
-    tail: int
-
-    @property
-    def length(self) -> int:
-        return self.sinks + PAGE_TOKENS * len(self.pages) + self.tail
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Sequences of equal shape, which one tensor operation can handle together."""
-
-    rows: slice | Tensor
-    sequences: list[_Sequence]
-    new_tokens: int
-
-    @property
-    def sample(self) -> _Sequence:
-        return self.sequences[0]
-
-
 @dataclass(frozen=True)
 class _Write:
     """What one append will write to a group, worked out before anything is written."""
 
-    group: _Group
+    group: Group
     sinks: tuple[Tensor, Tensor]
     pages: Tensor | None
     """uint8 ``[rows, new pages, H, page_bytes]``."""
@@ -102,7 +79,7 @@ class PackedKV:
         self.dtype = dtype
         device = torch.device(device)
         self.pool = PagePool(self.layout, device)
-        self._sequences = [_Sequence(0, [], 0) for _ in range(batch_size)]
+        self._sequences = [SequenceState() for _ in range(batch_size)]
 
         def full_precision(tokens: int, channels: int) -> Tensor:
             return torch.zeros(
@@ -165,7 +142,7 @@ class PackedKV:
     @property
     def is_uniform(self) -> bool:
         """Whether all sequences have as many sinks, pages and tail tokens."""
-        return len(self._groups()) == 1
+        return len(group_by_shape(self._sequences, self.device)) == 1
 
     @property
     def nbytes(self) -> int:
@@ -175,9 +152,9 @@ class PackedKV:
     def memory(self) -> dict[str, int]:
         """Bytes allocated, by kind.
 
-        ``codes``, ``metadata`` (scales, zeros, units), ``norms`` (token scales) and ``padding`` of
-        the pages in use, ``tail`` for tokens in full precision, ``tables`` for block table and
-        lengths, ``unused`` for allocated pages and tail slots that hold nothing.
+        ``codes``, ``metadata`` (scales, centres, units), ``norms`` (token scales) and
+        ``padding`` of the pages in use, ``tail`` for tokens in full precision, ``tables`` for
+        block table and lengths, ``unused`` for allocated pages and tail slots that hold nothing.
         """
         heads = self.layout.num_kv_heads
         kinds = {k: v * heads * self.pool.used for k, v in self.layout.bytes_by_kind().items()}
@@ -207,7 +184,7 @@ class PackedKV:
         shape = (self.batch_size, self.layout.num_kv_heads, self.max_length)
         keys = torch.zeros((*shape, self.layout.head_dim), dtype=dtype, device=self.device)
         values = torch.zeros((*shape, self.layout.value_dim), dtype=dtype, device=self.device)
-        for group in self._groups():
+        for group in group_by_shape(self._sequences, self.device):
             rows, sample = group.rows, group.sample
             sinks, count, end = sample.sinks, len(sample.pages), sample.length
             parts_k = [self.sink_keys[rows, :, :sinks].to(dtype)]
@@ -248,10 +225,21 @@ class PackedKV:
                 ``config.check_finite`` is set.
             TypeError: for another dtype than the cache's.
         """
-        counts = self._checked_counts(keys, values, lengths)
-        keys, values = self._finite(keys, values, counts)
-        groups = [group for group in self._groups(counts) if group.new_tokens]
-        writes = [self._plan(group, keys, values, pack) for group in groups]
+        tokens = check_states(
+            {"keys": keys, "values": values},
+            {"keys": self.layout.head_dim, "values": self.layout.value_dim},
+            self.batch_size,
+            self.layout.num_kv_heads,
+            self.dtype,
+            self.device,
+        )
+        counts = check_lengths(lengths, self.batch_size, tokens)
+        if self.config.check_finite:
+            require_finite(keys, values, counts)
+        else:
+            keys, values = zero_nonfinite(keys, values)
+        groups = group_by_shape(self._sequences, self.device, counts)
+        writes = [self._plan(group, keys, values, pack) for group in groups if group.new_tokens]
         new_pages = [write.pages.flatten(0, 1) for write in writes if write.pages is not None]
         ids = self.pool.add(torch.cat(new_pages)) if new_pages else []
         for write in writes:
@@ -283,7 +271,7 @@ class PackedKV:
                     self.tail_keys[row, :, :rest] = cut_keys[0, :, :rest]
                     self.tail_values[row, :, :rest] = cut_values[0, :, :rest]
                 self.pool.release(sequence.pages[whole:])
-                del sequence.pages[whole:]
+                sequence.pages = sequence.pages[:whole]
             sequence.sinks = sinks
             sequence.tail = length - sinks - PAGE_TOKENS * len(sequence.pages)
         self._sync_lengths()
@@ -304,7 +292,7 @@ class PackedKV:
             self.pool.hold(sequence.pages)
         for sequence in self._sequences:
             self.pool.release(sequence.pages)
-        self._sequences = [replace(s, pages=list(s.pages)) for s in chosen]
+        self._sequences = [replace(s) for s in chosen]
         index = torch.tensor(rows, device=self.device)
         for name in _BATCHED:
             setattr(self, name, getattr(self, name).index_select(0, index))
@@ -320,70 +308,51 @@ class PackedKV:
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
         return self
 
+    # -- files ------------------------------------------------------------------------------
+
+    def export(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """What is in use, for :func:`oscar_kv.storage.files.save_packed`.
+
+        Returns:
+            The sequences as plain values, their pages numbered from zero, and the tensors.
+        """
+        live = sorted({page for sequence in self._sequences for page in sequence.pages})
+        number = {page: index for index, page in enumerate(live)}
+        sequences = [
+            {"sinks": s.sinks, "pages": [number[page] for page in s.pages], "tail": s.tail}
+            for s in self._sequences
+        ]
+        tail = max(self.tails_per_sequence)
+        return sequences, {
+            "pages": self.pool.data[torch.tensor(live, dtype=torch.long, device=self.device)],
+            "tail_keys": self.tail_keys[:, :, :tail],
+            "tail_values": self.tail_values[:, :, :tail],
+            "sink_keys": self.sink_keys,
+            "sink_values": self.sink_values,
+        }
+
+    def restore(self, sequences: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+        """Fills an empty cache with what :meth:`export` returned."""
+        ids = self.pool.add(tensors["pages"])
+        self._sequences = [
+            SequenceState(s["sinks"], tuple(ids[index] for index in s["pages"]), s["tail"])
+            for s in sequences
+        ]
+        for row, sequence in enumerate(self._sequences):
+            self.pool.hold(sequence.pages)
+            self._widen_table(len(sequence.pages))
+            self.block_table[row, : len(sequence.pages)] = torch.tensor(sequence.pages)
+        self.pool.release(ids)
+        tail = max(self.tails_per_sequence)
+        self.tail_keys[:, :, :tail] = tensors["tail_keys"]
+        self.tail_values[:, :, :tail] = tensors["tail_values"]
+        self.sink_keys.copy_(tensors["sink_keys"])
+        self.sink_values.copy_(tensors["sink_values"])
+        self._sync_lengths()
+
     # -- inside -----------------------------------------------------------------------------
 
-    def _groups(self, new_tokens: Sequence[int] | None = None) -> list[_Group]:
-        """The batch, split into groups with equally many sinks, pages, tail and new tokens."""
-        members: dict[tuple[int, int, int, int], list[int]] = {}
-        for row, s in enumerate(self._sequences):
-            key = (s.sinks, len(s.pages), s.tail, new_tokens[row] if new_tokens else 0)
-            members.setdefault(key, []).append(row)
-        return [
-            _Group(
-                slice(None) if len(members) == 1 else torch.tensor(rows, device=self.device),
-                [self._sequences[row] for row in rows],
-                key[-1],
-            )
-            for key, rows in members.items()
-        ]
-
-    def _checked_counts(
-        self, keys: Tensor, values: Tensor, lengths: Sequence[int] | None
-    ) -> list[int]:
-        tokens = keys.shape[2] if keys.ndim == 4 else -1
-        for name, states, channels in (
-            ("keys", keys, self.layout.head_dim),
-            ("values", values, self.layout.value_dim),
-        ):
-            expected = (self.batch_size, self.layout.num_kv_heads, tokens, channels)
-            if tuple(states.shape) != expected:
-                raise ValueError(
-                    f"{name} of shape {tuple(states.shape)}: expected [B, H, T, channels] = "
-                    f"[{self.batch_size}, {self.layout.num_kv_heads}, T, {channels}], "
-                    "the same T for keys and values"
-                )
-            if states.dtype != self.dtype:
-                raise TypeError(f"{name} are {states.dtype}: this cache holds {self.dtype}")
-            if states.device != self.device:
-                raise ValueError(f"{name} are on {states.device}: this cache is on {self.device}")
-        if lengths is None:
-            return [tokens] * self.batch_size
-        counts = [int(length) for length in lengths]
-        if len(counts) != self.batch_size or any(not 0 <= c <= tokens for c in counts):
-            raise ValueError(
-                f"lengths={counts!r}: expected {self.batch_size} numbers in [0, {tokens}]"
-            )
-        return counts
-
-    def _finite(self, keys: Tensor, values: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Raises on a non-finite token, or makes it zero where the config asks not to check."""
-        finite = keys.isfinite().all(-1) & values.isfinite().all(-1)
-        if self.config.check_finite:
-            tokens = torch.arange(keys.shape[2], device=self.device)
-            counted = tokens < torch.tensor(counts, device=self.device).view(-1, 1, 1)
-            bad = ~finite & counted
-            if bad.any():
-                row, head, token = bad.nonzero()[0].tolist()
-                raise ValueError(
-                    f"keys or values hold NaN or Inf, first in sequence {row}, KV head {head}, "
-                    f"new token {token}: expected finite numbers (check_finite=False stores such "
-                    "tokens as zeros)"
-                )
-            return keys, values
-        keep = finite.unsqueeze(-1)
-        return torch.where(keep, keys, 0), torch.where(keep, values, 0)
-
-    def _plan(self, group: _Group, keys: Tensor, values: Tensor, pack: PackFunction) -> _Write:
+    def _plan(self, group: Group, keys: Tensor, values: Tensor, pack: PackFunction) -> _Write:
         rows, before = group.rows, group.sample
         keys = keys[rows, :, : group.new_tokens]
         values = values[rows, :, : group.new_tokens]
@@ -426,7 +395,7 @@ class PackedKV:
             sequence.sinks += sinks
             sequence.tail = end
             if write.pages is not None:
-                sequence.pages += ids[: write.pages.shape[1]]
+                sequence.pages += tuple(ids[: write.pages.shape[1]])
                 ids = ids[write.pages.shape[1] :]
         return ids
 
