@@ -70,11 +70,23 @@ class LazyStates(Tensor):
     def __repr__(self, *args: Any, **kwargs: Any) -> str:
         return f"LazyStates({('keys', 'values')[self.part]}, shape={tuple(self.shape)})"
 
+    def plain(self) -> Tensor:
+        """The dequantized states, shared by all who ask."""
+        return self.view_of.dense[self.part]
+
+    # What torch implements outside of its dispatcher:
+
+    def tolist(self) -> Any:
+        return self.plain().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.plain().numpy(force=force)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.plain().clone()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def dense(lazy: LazyStates) -> Tensor:
-            return lazy.view_of.dense[lazy.part]
-
-        args = tree_map_only(LazyStates, dense, args)
-        kwargs = tree_map_only(LazyStates, dense, kwargs or {})
+        args = tree_map_only(LazyStates, LazyStates.plain, args)
+        kwargs = tree_map_only(LazyStates, LazyStates.plain, kwargs or {})
         return func(*args, **kwargs)

@@ -9,7 +9,10 @@ with ``attn_implementation="oscar"`` the model attends straight from the packed 
 
 from __future__ import annotations
 
-from typing import Any, cast
+import copy
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +28,22 @@ from oscar_kv.integrations.lazy import AttentionView, LazyStates
 from oscar_kv.kernels import append, extend_attention
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _owns_tensors(method: _Method) -> _Method:
+    """Runs ``method`` without gradients and outside inference mode.
+
+    What is allocated under ``torch.inference_mode`` could not be written to later, outside of it.
+    """
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return cast(_Method, run)
 
 
 class OscarLayer(CacheLayerMixin):
@@ -42,22 +61,11 @@ class OscarLayer(CacheLayerMixin):
         """Whether a rollback of a few tokens leaves no trace: it then stays within the tail."""
         return self.config.recent_tokens > 0
 
+    @_owns_tensors
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads, _, head_dim = key_states.shape
-        value_dim = value_states.shape[3]
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.packed = PackedKV(
-            self.config,
-            batch_size=batch,
-            num_kv_heads=heads,
-            head_dim=head_dim,
-            value_head_dim=None if value_dim == head_dim else value_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self.is_initialized = True
+        self._adopt(self._empty(key_states, value_states))
 
-    @torch.no_grad()
+    @_owns_tensors
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -65,15 +73,14 @@ class OscarLayer(CacheLayerMixin):
 
         The first call returns the states themselves: a prompt attends over its exact self.
         """
-        if self.packed is None:
-            self.lazy_initialization(key_states, value_states)
-            assert self.packed is not None
-        packed = self.packed
-        before, new = packed.max_length, key_states.shape[2]
-        append(packed, key_states, value_states)
-        if before == 0:
+        if self.packed is None or self.packed.max_length == 0:
+            packed = self._empty(key_states, value_states)
+            append(packed, key_states, value_states)
+            self._adopt(packed)
             return key_states, value_states
-        in_tail = new <= min(packed.tails_per_sequence)
+        packed = self.packed
+        append(packed, key_states, value_states)
+        in_tail = key_states.shape[2] <= min(packed.tails_per_sequence)
         view = AttentionView(packed, *((None, None) if in_tail else (key_states, value_states)))
         return LazyStates.pair(view)
 
@@ -86,13 +93,15 @@ class OscarLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    @_owns_tensors
     def offload(self) -> None:
         if self.packed is not None:
-            self.packed.to("cpu")
+            self.packed = _moved(self.packed, "cpu")
 
+    @_owns_tensors
     def prefetch(self) -> None:
         if self.packed is not None:
-            self.packed.to(self.device)
+            self.packed = _moved(self.packed, self.device)
 
     def reset(self) -> None:
         self.packed, self.is_initialized = None, False
@@ -103,6 +112,7 @@ class OscarLayer(CacheLayerMixin):
         Raises:
             ValueError: for a positive number, or more tokens than there are.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation may pass a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): expected a negative number of tokens to remove"
@@ -110,19 +120,39 @@ class OscarLayer(CacheLayerMixin):
         if self.packed is not None and tokens_to_remove:
             self.packed.crop([length + tokens_to_remove for length in self.packed.lengths])
 
+    @_owns_tensors
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.packed is not None:
             self.packed.select(beam_idx.tolist())
 
+    @_owns_tensors
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.packed is not None:
             rows = range(self.packed.batch_size)
             self.packed.select([row for row in rows for _ in range(repeats)])
 
+    @_owns_tensors
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.packed is not None:
             rows = torch.arange(self.packed.batch_size)
             self.packed.select(rows[indices.cpu()].tolist())
+
+    def _empty(self, key_states: Tensor, value_states: Tensor) -> PackedKV:
+        batch, heads, _, head_dim = key_states.shape
+        value_dim = value_states.shape[3]
+        return PackedKV(
+            self.config,
+            batch_size=batch,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            value_head_dim=None if value_dim == head_dim else value_dim,
+            dtype=key_states.dtype,
+            device=key_states.device,
+        )
+
+    def _adopt(self, packed: PackedKV) -> None:
+        self.packed, self.is_initialized = packed, True
+        self.dtype, self.device = packed.dtype, packed.device
 
 
 class OscarCache(Cache):
@@ -162,10 +192,19 @@ class OscarCache(Cache):
             raise ValueError(
                 f"{model_config.model_type} has no full-attention layer to quantize, only {kinds}"
             )
-        _check_head_dim(model_config, self.config)
+        text_config = model_config.get_text_config(decoder=True)
         for index in quantized:
+            if head_dim := _head_dim(text_config, index):
+                PageLayout(self.config, head_dim, 1)  # raises for a size without a layout
             layers[index] = OscarLayer(self.config)
         super().__init__(layers=layers, offloading=offloading)
+
+    def reset(self) -> None:
+        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):
+                # Transformers 5.17 zeroes these states, and the next update would grow them.
+                layer.keys, layer.values, layer.is_initialized = None, None, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(
@@ -217,14 +256,28 @@ def oscar_attention_forward(
         ``[B, Tq, Hq, E]``, and ``None`` for the weights, which are never formed.
 
     Raises:
-        ValueError: for dropout or a position bias over packed states.
+        ValueError: for what could not be honoured: a sparse selection of keys anywhere, dropout
+            or a position bias other than in scaled-dot-product attention.
     """
-    if isinstance(key, LazyStates):
-        if dropout:
-            raise ValueError(f"dropout={dropout}: expected 0 over a quantized cache")
-        if kwargs.get("position_bias") is not None:
-            raise ValueError("position_bias: not supported over a quantized cache")
-        view = key.view_of
+    for name in ("indices", "block_indices", "sinks"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f'{name}: not supported by attn_implementation="oscar"')
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    view = _packed_view(query, key, value)
+    if view is None and softcap is None and s_aux is None:
+        if attention_mask is None and is_causal and 1 < query.shape[2] < key.shape[2]:
+            attention_mask = _visible(query, key, causal=True)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise ValueError(f"dropout={dropout}: expected 0 here")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("position_bias: not supported here")
+    if attention_mask is None and not is_causal and query.shape[2] > 1:
+        attention_mask = _visible(query, key, causal=False)
+    if view is not None:
         out = extend_attention(
             query,
             view.packed,
@@ -235,15 +288,9 @@ def oscar_attention_forward(
             s_aux=s_aux,
             mask=attention_mask,
         )
-        return out.transpose(1, 2).contiguous(), None
-    if softcap is None and s_aux is None:
-        if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
-            attention_mask = _causal(query, key)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    wide = (states.float() for states in (query, key, value))
-    out = attention(*wide, scaling=scaling, softcap=softcap, s_aux=s_aux, mask=attention_mask)
+    else:
+        wide = (states.float() for states in (query, key, value))
+        out = attention(*wide, scaling=scaling, softcap=softcap, s_aux=s_aux, mask=attention_mask)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
@@ -259,12 +306,13 @@ def oscar_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of ``"oscar"``: ``None`` for plain causality over the whole cache, else boolean."""
+    # A preallocated cache returns more keys than there are tokens (and a tensor as q_offset).
+    no_spare_keys = isinstance(q_offset, int) and kv_offset + kv_length == q_offset + q_length
     if (
         allow_is_causal_skip
         and mask_function is causal_mask_function
-        and isinstance(q_offset, int)
+        and no_spare_keys
         and kv_offset == 0
-        and kv_length == q_offset + q_length
         and (attention_mask is None or bool(attention_mask.all()))
     ):
         return None
@@ -276,23 +324,50 @@ def oscar_mask(
         kv_offset,
         mask_function,
         attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_causal_skip=allow_is_causal_skip and no_spare_keys,
         **kwargs,
     )
 
 
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """Bool ``[1, 1, Tq, T]``: the newest Tq of T tokens see everything up to themselves."""
+def _packed_view(query: Tensor, key: Tensor, value: Tensor) -> AttentionView | None:
+    """What ``key`` and ``value`` stand for, where that can be attended packed.
+
+    Not where a model has changed one of them since, nor where it asks for fewer tokens than it
+    has just appended (Gemma 4, in layers that share keys) and some of these are quantized.
+    """
+    if not isinstance(key, LazyStates) or not isinstance(value, LazyStates):
+        return None
+    view = key.view_of
+    fits = view.new_keys is None or view.new_keys.shape[2] == query.shape[2]
+    return view if fits and view is value.view_of else None
+
+
+def _visible(query: Tensor, key: Tensor, causal: bool) -> Tensor:
+    """Bool ``[1, 1, Tq, T]``: what the newest Tq of T tokens see, causally or everything."""
     queries, total = query.shape[2], key.shape[2]
     ones = torch.ones(queries, total, dtype=torch.bool, device=query.device)
-    return ones.tril(total - queries)[None, None]
+    return (ones.tril(total - queries) if causal else ones)[None, None]
 
 
-def _check_head_dim(model_config: PreTrainedConfig, config: OscarConfig) -> None:
-    """Raises early where the head size is known from the config and has no layout."""
-    text = model_config.get_text_config(decoder=True)
-    if isinstance(head_dim := getattr(text, "head_dim", None), int):
-        PageLayout(config, head_dim, 1)
+def _head_dim(config: Any, layer: int) -> int | None:
+    """The key channels of one head of a layer, ``None`` where the config does not tell."""
+    per_layer = getattr(config, "per_layer_config", None)
+    config = per_layer[layer] if per_layer else config
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return None  # latent attention: what is cached is not what the config calls a head
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    width = getattr(config, "hidden_size", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if head_dim is None and isinstance(width, int) and isinstance(heads, int):
+        head_dim = width // heads
+    return head_dim if isinstance(head_dim, int) else None
+
+
+def _moved(packed: PackedKV, device: torch.device | str) -> PackedKV:
+    """``packed`` on ``device``; the states that the current forward pass reads stay in place."""
+    moved = copy.copy(packed)
+    moved.pool = copy.copy(packed.pool)
+    return moved.to(device)
 
 
 def _layer_memory(layer: Any) -> dict[str, int]:

@@ -1,0 +1,79 @@
+"""A whole :class:`OscarCache` in one safetensors file: a prompt computed once, reused later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DummyLayer, DynamicSlidingWindowLayer
+from transformers.configuration_utils import PreTrainedConfig
+
+from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+from oscar_kv.storage.files import load_packed, save_packed
+
+
+def save_cache(cache: OscarCache, path: str | Path) -> None:
+    """Writes everything ``cache`` holds to ``path``.
+
+    Raises:
+        ValueError: if it is empty, or has layers whose states have no file format here
+            (linear attention).
+    """
+    packed, extra = {}, {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, OscarLayer):
+            if layer.packed is not None:
+                packed[str(index)] = layer.packed
+        elif type(layer) is DynamicSlidingWindowLayer:
+            if layer.is_initialized:
+                extra |= _sliding_states(index, layer)
+        elif not isinstance(layer, DummyLayer):
+            raise ValueError(f"layer {index} is a {type(layer).__name__}: it cannot be saved")
+    if not packed:
+        raise ValueError("the cache is empty: expected one that has seen tokens")
+    save_packed(path, packed, extra)
+
+
+def load_cache(
+    path: str | Path, model_config: PreTrainedConfig, device: torch.device | str = "cpu"
+) -> OscarCache:
+    """Reads what :func:`save_cache` wrote.
+
+    Args:
+        path: of the file.
+        model_config: config of the model that the cache is for.
+        device: where the cache will live.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such file, or was written for a model of other layers.
+    """
+    packed, extra = load_packed(path, device)
+    config = next(iter(packed.values())).config
+    cache = OscarCache(model_config, config)
+    quantized = {str(i) for i, layer in enumerate(cache.layers) if isinstance(layer, OscarLayer)}
+    if quantized != packed.keys():
+        raise ValueError(
+            f"{path}: holds quantized layers {sorted(packed, key=int)}: this model has "
+            f"{sorted(quantized, key=int)}"
+        )
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, OscarLayer):
+            layer._adopt(packed[str(index)])
+        elif isinstance(layer, DynamicSlidingWindowLayer) and f"{index}/keys" in extra:
+            keys, values = extra[f"{index}/keys"], extra[f"{index}/values"]
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            layer.cumulative_length = int(extra[f"{index}/length"])
+    return cache
+
+
+def _sliding_states(index: int, layer: DynamicSlidingWindowLayer) -> dict[str, Tensor]:
+    assert layer.keys is not None
+    assert layer.values is not None
+    return {
+        f"{index}/keys": layer.keys,
+        f"{index}/values": layer.values,
+        f"{index}/length": torch.tensor(layer.cumulative_length),
+    }
