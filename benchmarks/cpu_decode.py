@@ -29,8 +29,9 @@ from benchmarks import record
 from oscar_kv import OscarConfig
 from oscar_kv.config import PRESETS
 from oscar_kv.core.attention import attention
+from oscar_kv.integrations.attention_function import oscar_attention_forward
 from oscar_kv.integrations.lazy import LazyStates
-from oscar_kv.integrations.transformers import OscarCache, oscar_attention_forward
+from oscar_kv.integrations.transformers import OscarCache
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TOLERANCE = 1e-4

@@ -16,12 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig
 
 from oscar_kv import OscarConfig
+from oscar_kv.integrations.attention_function import oscar_attention_forward
 from oscar_kv.integrations.lazy import AttentionView, LazyStates
-from oscar_kv.integrations.transformers import (
-    OscarCache,
-    OscarLayer,
-    oscar_attention_forward,
-)
+from oscar_kv.integrations.transformers import OscarCache, OscarLayer
 
 HEADS, HEAD_DIM = 2, 32
 

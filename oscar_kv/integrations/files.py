@@ -60,7 +60,7 @@ def load_cache(
         )
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, OscarLayer):
-            layer._adopt(packed[str(index)])
+            layer.adopt(packed[str(index)])
         elif isinstance(layer, DynamicSlidingWindowLayer) and f"{index}/keys" in extra:
             keys, values = extra[f"{index}/keys"], extra[f"{index}/values"]
             layer.lazy_initialization(keys, values)

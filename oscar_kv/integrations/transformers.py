@@ -9,23 +9,19 @@ with ``attn_implementation="oscar"`` the model attends straight from the packed 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from oscar_kv.config import OscarConfig
-from oscar_kv.core.attention import attention
+from oscar_kv.integrations import attention_function
 from oscar_kv.integrations.lazy import AttentionView, LazyStates
-from oscar_kv.kernels import append, extend_attention
+from oscar_kv.kernels import append
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
 
@@ -63,7 +59,7 @@ class OscarLayer(CacheLayerMixin):
 
     @_owns_tensors
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self._adopt(self._empty(key_states, value_states))
+        self.adopt(self._empty(key_states, value_states))
 
     @_owns_tensors
     def update(
@@ -76,7 +72,7 @@ class OscarLayer(CacheLayerMixin):
         if self.packed is None or self.packed.max_length == 0:
             packed = self._empty(key_states, value_states)
             append(packed, key_states, value_states)
-            self._adopt(packed)
+            self.adopt(packed)
             return key_states, value_states
         packed = self.packed
         append(packed, key_states, value_states)
@@ -96,12 +92,12 @@ class OscarLayer(CacheLayerMixin):
     @_owns_tensors
     def offload(self) -> None:
         if self.packed is not None:
-            self.packed = _moved(self.packed, "cpu")
+            self.packed = self.packed.to("cpu")
 
     @_owns_tensors
     def prefetch(self) -> None:
         if self.packed is not None:
-            self.packed = _moved(self.packed, self.device)
+            self.packed = self.packed.to(self.device)
 
     def reset(self) -> None:
         self.packed, self.is_initialized = None, False
@@ -150,7 +146,8 @@ class OscarLayer(CacheLayerMixin):
             device=key_states.device,
         )
 
-    def _adopt(self, packed: PackedKV) -> None:
+    def adopt(self, packed: PackedKV) -> None:
+        """Makes ``packed`` what this layer holds."""
         self.packed, self.is_initialized = packed, True
         self.dtype, self.device = packed.dtype, packed.device
 
@@ -207,9 +204,8 @@ class OscarCache(Cache):
                 layer.keys, layer.values, layer.is_initialized = None, None, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(
-            cast(torch.LongTensor, beam_idx.cpu())
-        )  # one transfer, not one per layer
+        # one transfer here, not one per layer
+        super().reorder_cache(cast(torch.LongTensor, beam_idx.cpu()))
 
     def memory(self) -> dict[str, int]:
         """Bytes allocated by kind, summed over layers.
@@ -229,126 +225,6 @@ class OscarCache(Cache):
         return sum(self.memory().values())
 
 
-def oscar_attention_forward(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The ``"oscar"`` attention function of ``AttentionInterface``.
-
-    Packed states are attended packed. Plain ones (prompts, layers that are not quantized, other
-    caches) go to scaled-dot-product attention, or to the dense oracle where soft-capped logits
-    or attention sinks rule it out.
-
-    Args:
-        query: ``[B, Hq, Tq, D]``.
-        key, value: :class:`LazyStates`, or plain ``[B, H, T, channels]``.
-        attention_mask: bool or additive ``[B, 1 or Hq, Tq, T]``, or ``None`` for plain causality.
-
-    Returns:
-        ``[B, Tq, Hq, E]``, and ``None`` for the weights, which are never formed.
-
-    Raises:
-        ValueError: for what could not be honoured: a sparse selection of keys anywhere, dropout
-            or a position bias other than in scaled-dot-product attention.
-    """
-    for name in ("indices", "block_indices", "sinks"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f'{name}: not supported by attn_implementation="oscar"')
-    is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    view = _packed_view(query, key, value)
-    if view is None and softcap is None and s_aux is None:
-        if attention_mask is None and is_causal and 1 < query.shape[2] < key.shape[2]:
-            attention_mask = _visible(query, key, causal=True)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    if dropout:
-        raise ValueError(f"dropout={dropout}: expected 0 here")
-    if kwargs.get("position_bias") is not None:
-        raise ValueError("position_bias: not supported here")
-    if attention_mask is None and not is_causal and query.shape[2] > 1:
-        attention_mask = _visible(query, key, causal=False)
-    if view is not None:
-        out = extend_attention(
-            query,
-            view.packed,
-            view.new_keys,
-            view.new_values,
-            scaling=scaling,
-            softcap=softcap,
-            s_aux=s_aux,
-            mask=attention_mask,
-        )
-    else:
-        wide = (states.float() for states in (query, key, value))
-        out = attention(*wide, scaling=scaling, softcap=softcap, s_aux=s_aux, mask=attention_mask)
-    return out.transpose(1, 2).to(query.dtype).contiguous(), None
-
-
-def oscar_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask of ``"oscar"``: ``None`` for plain causality over the whole cache, else boolean."""
-    # A preallocated cache returns more keys than there are tokens (and a tensor as q_offset).
-    no_spare_keys = isinstance(q_offset, int) and kv_offset + kv_length == q_offset + q_length
-    if (
-        allow_is_causal_skip
-        and mask_function is causal_mask_function
-        and no_spare_keys
-        and kv_offset == 0
-        and (attention_mask is None or bool(attention_mask.all()))
-    ):
-        return None
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        mask_function,
-        attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip and no_spare_keys,
-        **kwargs,
-    )
-
-
-def _packed_view(query: Tensor, key: Tensor, value: Tensor) -> AttentionView | None:
-    """What ``key`` and ``value`` stand for, where that can be attended packed.
-
-    Not where a model has changed one of them since, nor where it asks for fewer tokens than it
-    has just appended (Gemma 4, in layers that share keys) and some of these are quantized.
-    """
-    if not isinstance(key, LazyStates) or not isinstance(value, LazyStates):
-        return None
-    view = key.view_of
-    fits = view.new_keys is None or view.new_keys.shape[2] == query.shape[2]
-    return view if fits and view is value.view_of else None
-
-
-def _visible(query: Tensor, key: Tensor, causal: bool) -> Tensor:
-    """Bool ``[1, 1, Tq, T]``: what the newest Tq of T tokens see, causally or everything."""
-    queries, total = query.shape[2], key.shape[2]
-    ones = torch.ones(queries, total, dtype=torch.bool, device=query.device)
-    return (ones.tril(total - queries) if causal else ones)[None, None]
-
-
 def _head_dim(config: Any, layer: int) -> int | None:
     """The key channels of one head of a layer, ``None`` where the config does not tell."""
     per_layer = getattr(config, "per_layer_config", None)
@@ -363,13 +239,6 @@ def _head_dim(config: Any, layer: int) -> int | None:
     return head_dim if isinstance(head_dim, int) else None
 
 
-def _moved(packed: PackedKV, device: torch.device | str) -> PackedKV:
-    """``packed`` on ``device``; the states that the current forward pass reads stay in place."""
-    moved = copy.copy(packed)
-    moved.pool = copy.copy(packed.pool)
-    return moved.to(device)
-
-
 def _layer_memory(layer: Any) -> dict[str, int]:
     if isinstance(layer, OscarLayer):
         return {} if layer.packed is None else layer.packed.memory()
@@ -379,5 +248,4 @@ def _layer_memory(layer: Any) -> dict[str, int]:
     return {"other": sum(t.numel() * t.itemsize for t in tensors)}
 
 
-AttentionInterface.register("oscar", oscar_attention_forward)
-AttentionMaskInterface.register("oscar", oscar_mask)
+attention_function.register()

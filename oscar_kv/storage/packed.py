@@ -11,6 +11,7 @@ so that no operation here waits for the device.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -302,11 +303,13 @@ class PackedKV:
         self.crop(0)
 
     def to(self, device: torch.device | str) -> PackedKV:
-        """Moves everything to ``device``, in place."""
-        self.pool.to(device)
+        """This batch on ``device``. Use only what is returned from then on: whoever still reads
+        this object's tensors may go on, but the bookkeeping is shared."""
+        moved = copy.copy(self)
+        moved.pool = self.pool.to(device)
         for name in _BATCHED:
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
-        return self
+            setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
+        return moved
 
     # -- files ------------------------------------------------------------------------------
 

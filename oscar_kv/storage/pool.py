@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 
@@ -62,9 +63,11 @@ class PagePool:
                 del self._holders[page]
                 self._free.append(page)
 
-    def to(self, device: torch.device | str) -> None:
-        """Moves all pages to ``device``."""
-        self.data = self.data.to(device, non_blocking=True)
+    def to(self, device: torch.device | str) -> PagePool:
+        """The same pages on ``device``, sharing the bookkeeping."""
+        moved = copy.copy(self)
+        moved.data = self.data.to(device, non_blocking=True)
+        return moved
 
     def _grow(self, needed: int) -> None:
         old = self.capacity
