@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Threads that wait should sleep: on a busy machine spinning ones take the cores of those that work.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint bench-cpu clean
 
 $(READY): pyproject.toml

@@ -73,7 +73,7 @@ def attend(
     block = _pages_per_block(packed, rows.shape[2])
     for first in range(0, max(counts), block):
         last = min(first + block, max(counts))
-        pages = packed.pool.data[packed.block_table[:, first:last].flatten()]
+        pages = packed.pages(packed.block_table[:, first:last])
         begins = [s + PAGE_TOKENS * first for s in sinks]
         ends = [min(s + PAGE_TOKENS * n, limit) for s, n, limit in zip(sinks, counts, limits)]
         if rows.shape[2] < _MANY_ROWS:

@@ -171,6 +171,10 @@ class PackedKV:
             "unused": slots - tail + free_pages,
         }
 
+    def pages(self, table: Tensor) -> Tensor:
+        """Copies of the pages in ``table`` (ids, any shape): uint8 ``[ids, H, page_bytes]``."""
+        return self.pool.data.index_select(0, table.flatten())
+
     def dense(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """All tokens, dequantized, in the original basis.
 
@@ -192,7 +196,7 @@ class PackedKV:
             parts_v = [self.sink_values[rows, :, :sinks].to(dtype)]
             if count:
                 table = self.block_table[rows, :count]
-                decoded = decode_pages(self.pool.data[table.flatten()], self.layout, dtype)
+                decoded = decode_pages(self.pages(table), self.layout, dtype)
                 for parts, pages in zip((parts_k, parts_v), decoded):
                     by_row = pages.unflatten(0, table.shape).transpose(1, 2)
                     parts.append(by_row.flatten(2, 3))
@@ -327,7 +331,7 @@ class PackedKV:
         ]
         tail = max(self.tails_per_sequence)
         return sequences, {
-            "pages": self.pool.data[torch.tensor(live, dtype=torch.long, device=self.device)],
+            "pages": self.pages(torch.tensor(live, dtype=torch.int32, device=self.device)),
             "tail_keys": self.tail_keys[:, :, :tail],
             "tail_values": self.tail_values[:, :, :tail],
             "sink_keys": self.sink_keys,
