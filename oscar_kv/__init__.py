@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from oscar_kv.config import OscarConfig
-from oscar_kv.kernels import decode_attention, dequantize, extend_attention, quantize
-from oscar_kv.storage.packed import PackedKV
 
 if TYPE_CHECKING:
     from oscar_kv.integrations.files import load_cache, save_cache
     from oscar_kv.integrations.transformers import OscarCache
+    from oscar_kv.kernels import decode_attention, dequantize, extend_attention, quantize
+    from oscar_kv.storage.packed import PackedKV
 
 __version__ = "0.1.0"
 
@@ -27,15 +27,17 @@ __all__ = [
     "save_cache",
 ]
 
-# Importing Transformers takes seconds; those who do not use it should not wait.
-_LAZY = {
-    "OscarCache": "oscar_kv.integrations.transformers",
-    "load_cache": "oscar_kv.integrations.files",
-    "save_cache": "oscar_kv.integrations.files",
+# Importing torch and Transformers takes seconds; who does not need them should not wait.
+_HOMES = {
+    "oscar_kv.integrations.files": ("load_cache", "save_cache"),
+    "oscar_kv.integrations.transformers": ("OscarCache",),
+    "oscar_kv.kernels": ("decode_attention", "dequantize", "extend_attention", "quantize"),
+    "oscar_kv.storage.packed": ("PackedKV",),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,170 @@
+"""Load a causal language model and continue a prompt with a given cache, token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def attends_packed(self) -> bool:
+        """Whether attention reads packed pages; otherwise it gets dequantized states."""
+        return self.model.config._attn_implementation == "oscar"
+
+    @property
+    def dtype(self) -> str:
+        """The model's dtype by its short name, such as ``bfloat16``."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def encode(self, prompt: str) -> Tensor:
+        """Token ids ``[1, T]``.
+
+        Raises:
+            ValueError: if the prompt has no tokens.
+        """
+        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        if not ids.shape[1]:
+            raise ValueError("the prompt is empty")
+        return ids.to(device=self.model.device, dtype=torch.long)
+
+
+def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Loaded:
+    """Loads a local folder or a Hugging Face model id.
+
+    Attention is ``"oscar"`` where the model takes attention functions, else the model's own.
+
+    Raises:
+        ValueError: for an unknown dtype or device, or a model that cannot be loaded.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {DTYPES}")
+    target = _device(device)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, trust_remote_code=False
+        )
+        model.to(target).eval()
+    except Exception as error:  # Transformers and its backends raise almost anything here
+        raise ValueError(f"cannot load {str(path)!r}: {error or type(error).__name__}") from error
+    model.set_attn_implementation("oscar")  # no effect where the model has attention of its own
+    return Loaded(model, tokenizer)
+
+
+def quiet() -> None:
+    """Silences warnings and progress bars of Transformers and the Hugging Face hub."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    disable_progress_bars()
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token and the time it took; the first one's includes the prompt."""
+
+    id: int
+    seconds: float
+
+
+@torch.no_grad()
+def continuation(
+    model: Any, prompt: Tensor, cache: Cache, max_new_tokens: int, temperature: float = 0.0
+) -> Iterator[Token]:
+    """Yields the tokens that follow ``prompt``, up to an end-of-text token or the limit.
+
+    Args:
+        prompt: ids ``[1, T]``.
+        cache: empty; afterwards it holds all tokens but the last.
+        temperature: 0 picks the most likely token.
+
+    Raises:
+        MemoryError: if the device runs out of memory.
+    """
+    end = model.generation_config.eos_token_id
+    ends = set(end if isinstance(end, list) else [end])
+    last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    ids = prompt
+    for _ in range(max_new_tokens):
+        begin = time.perf_counter()
+        try:
+            output = model(ids, past_key_values=cache, use_cache=True, **last_only)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"out of memory: {error}") from error
+        logits = output.logits[:, -1]
+        if temperature:
+            ids = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
+        else:
+            ids = logits.argmax(-1, keepdim=True)
+        token = int(ids)  # waits for the device
+        yield Token(token, time.perf_counter() - begin)
+        if token in ends:
+            return
+
+
+def tokens_per_second(tokens: list[Token]) -> float | None:
+    """Speed after the first token, ``None`` if there was only one."""
+    seconds = sum(token.seconds for token in tokens[1:])
+    return (len(tokens) - 1) / seconds if seconds else None
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes that ``cache`` has allocated for keys, values and other states."""
+    if isinstance(cache, OscarCache):
+        return cache.nbytes
+    return sum(_layer_nbytes(layer) for layer in cache.layers)
+
+
+def full_precision_nbytes(cache: Cache) -> int:
+    """Bytes that the same tokens would take with nothing quantized, in the model's dtype."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, OscarLayer) and layer.packed is not None:
+            packed = layer.packed
+            channels = packed.layout.head_dim + packed.layout.value_dim
+            per_token = packed.layout.num_kv_heads * channels * packed.dtype.itemsize
+            total += sum(packed.lengths) * per_token
+        else:
+            total += _layer_nbytes(layer)
+    return total
+
+
+def _layer_nbytes(layer: Any) -> int:
+    tensors = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    for group in ("conv_states", "recurrent_states"):
+        tensors += getattr(layer, group, {}).values()
+    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r}: {error}") from error
+    return device

@@ -1,0 +1,195 @@
+"""How many bytes a KV cache takes, worked out from a model's configuration alone.
+
+Only full-attention layers grow without bound and only they are quantized. Sliding-window layers
+keep their newest tokens, linear-attention layers a state of fixed size, and layers that read
+another layer's cache keep nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.configuration_utils import PreTrainedConfig
+
+from oscar_kv.config import PAGE_TOKENS, PRESETS, OscarConfig
+from oscar_kv.storage.layout import PageLayout
+
+BASELINES = {"bf16": 2, "fp8": 1}
+"""Bytes per element of the caches that presets are compared with."""
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer caches per token."""
+
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    quantized: bool
+    """Whether presets quantize it; otherwise they leave it in BF16."""
+    window: int | None = None
+    """The newest tokens that are kept, all if ``None``."""
+
+    @property
+    def elements(self) -> int:
+        """Key and value elements of one token."""
+        return self.num_kv_heads * (self.head_dim + self.value_head_dim)
+
+    def nbytes(self, method: str, tokens: int) -> int:
+        """Bytes of one sequence of ``tokens`` tokens.
+
+        A preset's full-precision tail counts as the whole buffer that is allocated for it.
+        """
+        if self.window is not None:
+            tokens = min(tokens, self.window)
+        if method in BASELINES:
+            return tokens * self.elements * BASELINES[method]
+        if not self.quantized:
+            return tokens * self.elements * BASELINES["bf16"]
+        config = OscarConfig.preset(method)
+        layout = PageLayout(config, self.head_dim, self.num_kv_heads, self.value_head_dim)
+        unpacked = config.sink_tokens + config.recent_tokens
+        pages = max(0, tokens - unpacked) // PAGE_TOKENS
+        slots = unpacked + PAGE_TOKENS
+        full_precision = slots * self.elements * BASELINES["bf16"]
+        return pages * self.num_kv_heads * layout.page_bytes + full_precision
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The cache layers of a model: ``(shape, how many of it)``, and what is not counted."""
+
+    name: str
+    layers: tuple[tuple[LayerShape, int], ...]
+    uncounted: int
+    """Layers without a cache that grows: linear attention, shared caches."""
+    max_context: int | None
+    """The longest context the model was made for, where its configuration says."""
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> ModelShape:
+        """The shape of the model that ``config`` describes.
+
+        Raises:
+            ValueError: if it has no full-attention layer, or does not state its heads.
+        """
+        text = config.get_text_config(decoder=True)
+        try:
+            layers = DynamicCache(config=config).layers
+        except KeyError as error:
+            raise ValueError(f"{config.model_type}: layer type {error} is not supported") from error
+        per_layer = getattr(text, "per_layer_config", None) or [text] * len(layers)
+        shapes = [_layer_shape(layer, fields) for layer, fields in zip(layers, per_layer)]
+        counts = Counter(shape for shape in shapes if shape is not None)
+        if not any(shape.quantized for shape in counts):
+            kinds = sorted({type(layer).__name__ for layer in layers})
+            raise ValueError(
+                f"{config.model_type} has no full-attention layer to quantize, only {kinds}"
+            )
+        max_context = getattr(text, "max_position_embeddings", None)
+        return cls(config.model_type, tuple(counts.items()), shapes.count(None), max_context)
+
+    @classmethod
+    def load(cls, model: str) -> ModelShape:
+        """The shape of a local folder, a ``config.json`` or a Hugging Face model id.
+
+        Raises:
+            OSError, ValueError: if there is no such configuration, or none that can be planned.
+        """
+        return cls.from_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
+
+    def nbytes(self, method: str, context: int, batch: int = 1) -> int:
+        """Bytes of the cache of ``batch`` sequences of ``context`` tokens.
+
+        Args:
+            method: a key of :data:`BASELINES` or the name of a preset.
+        """
+        one = sum(count * layer.nbytes(method, context) for layer, count in self.layers)
+        return batch * one
+
+    def longest_context(self, method: str, budget: int, batch: int = 1) -> int:
+        """The most tokens per sequence whose cache fits in ``budget`` bytes; 0 if none does."""
+        if self.nbytes(method, 1, batch) > budget:
+            return 0
+        fits, too_long = 1, 2
+        while self.nbytes(method, too_long, batch) <= budget:
+            fits, too_long = too_long, 2 * too_long
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if self.nbytes(method, middle, batch) <= budget:
+                fits = middle
+            else:
+                too_long = middle
+        return fits
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One method's line of a plan."""
+
+    method: str
+    nbytes: int
+    bits_per_element: float
+    """Of everything that BF16 would store, tail and padding included."""
+    ratio: float
+    """How many times smaller than BF16."""
+    longest_context: int | None
+    """Tokens per sequence that fit the memory, where a memory was given."""
+
+
+def plan(
+    model: ModelShape,
+    context: int,
+    batch: int = 1,
+    presets: Sequence[str] = PRESETS,
+    budget: int | None = None,
+) -> list[PlanRow]:
+    """The cache of every baseline and preset side by side.
+
+    Args:
+        context: tokens per sequence.
+        batch: sequences.
+        presets: names of presets.
+        budget: bytes available for the cache, to work out the longest context.
+    """
+    for name, value in (("context", context), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected a positive integer")
+    full = model.nbytes("bf16", context, batch)
+    rows = []
+    for method in (*BASELINES, *presets):
+        used = model.nbytes(method, context, batch)
+        longest = None if budget is None else model.longest_context(method, budget, batch)
+        rows.append(PlanRow(method, used, 16 * used / full, full / used, longest))
+    return rows
+
+
+def _layer_shape(layer: Any, config: Any) -> LayerShape | None:
+    """What the cache layer of a decoder layer holds, ``None`` if nothing that grows."""
+    if not isinstance(layer, DynamicLayer):
+        return None
+    quantized = type(layer) is DynamicLayer
+    window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+    if (latent := getattr(config, "kv_lora_rank", None)) is not None:
+        # latent attention caches one latent and one rotary key per token, whatever the heads
+        return LayerShape(1, latent, config.qk_rope_head_dim, quantized, window)
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        kv_heads = 1
+    kv_heads = kv_heads or heads
+    head_dim = getattr(config, "head_dim", None)
+    if not head_dim and heads:
+        head_dim = config.hidden_size // heads
+    if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
+        raise ValueError(f"{config.model_type}: its configuration states no attention heads")
+    return LayerShape(kv_heads, head_dim, head_dim, quantized, window)
