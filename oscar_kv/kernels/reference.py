@@ -23,7 +23,7 @@ from oscar_kv.storage.layout import PLANES, PageLayout
 from oscar_kv.storage.packed import PackedKV
 
 # Elements of codes unpacked at a time, so that their float32 form stays in a CPU's cache.
-_BLOCK_ELEMENTS = 1 << 19
+_BLOCK_ELEMENTS = 1 << 20
 # Query rows per KV head from which dequantizing a block beats folding its grid.
 _MANY_ROWS = 32
 
