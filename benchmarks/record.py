@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -39,11 +40,12 @@ def write(name: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> Pa
 
 
 def _commit() -> str:
+    """From git, or from ``GIT_COMMIT`` on a machine that has the tree without its history."""
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GIT_COMMIT", "unknown")
 
 
 def _version(package: str) -> str | None:
