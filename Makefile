@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up .venv on first use and then run.
 PYTHON ?= python3
-# Development and CI run on the CPU build; the package itself takes any torch from 2.11 on.
+# Pinned for development and CI, a CPU build suffices; the package takes any torch from 2.11 on.
 TORCH := 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin

@@ -42,7 +42,7 @@ def main(args: list[str] | None = None) -> None:
         code = app(args=args, prog_name="oscar-kv", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, MemoryError) as error:
         code = _fail(str(error) or type(error).__name__)
     except Exception as error:
         if not hasattr(error, "format_message"):  # that is a usage error

@@ -43,8 +43,9 @@ class OscarConfig:
         token_scale_exponent: the norm's exponent in the token scale (1 factors it out fully).
         recent_tokens: newest tokens that always stay in full precision.
         sink_tokens: first tokens that always stay in full precision.
-        check_finite: raise on NaN or Inf before anything is stored (costs a device
-            synchronisation on a GPU). When off, such a token is stored as zeros.
+        check_finite: raise on NaN, Inf or numbers too large for the metadata before anything is
+            stored (costs a device synchronisation on a GPU). When off, a token with NaN or Inf
+            is stored as zeros.
     """
 
     key_bits: int = 2
@@ -61,14 +62,16 @@ class OscarConfig:
 
     def __post_init__(self) -> None:
         for name, accepted in _CHOICES.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {accepted}")
+            value = getattr(self, name)
+            if value not in accepted or type(value) is not type(accepted[0]):
+                raise ValueError(f"{name}={value!r}: expected one of {accepted}")
         if self.value_group is not None:
             _require_int("value_group", self.value_group, minimum=8)
         _require_int("recent_tokens", self.recent_tokens, minimum=0)
         _require_int("sink_tokens", self.sink_tokens, minimum=0)
         exponent = self.token_scale_exponent
-        if not isinstance(exponent, (int, float)) or not 0.0 <= exponent <= 1.0:
+        number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
+        if not number or not 0.0 <= exponent <= 1.0:
             raise ValueError(f"token_scale_exponent={exponent!r}: expected a number in [0, 1]")
         if not isinstance(self.check_finite, bool):
             raise TypeError(f"check_finite={self.check_finite!r}: expected a bool")

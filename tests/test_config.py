@@ -18,6 +18,8 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 576)
     ("field", "value"),
     [
         ("key_bits", 3),
+        ("key_bits", 2.0),
+        ("token_scale_exponent", True),
         ("value_bits", 8),
         ("key_group", 48),
         ("key_group", 256),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from oscar_kv import OscarConfig
-from oscar_kv.kernels.dispatch import choose
+from oscar_kv.kernels import dispatch
+from oscar_kv.kernels.dispatch import BACKENDS, Backend, choose
 from oscar_kv.storage.layout import PageLayout
 
 LAYOUT = PageLayout(OscarConfig.compact(), 64, 2)
@@ -25,4 +26,17 @@ def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OSCAR_KV_BACKEND" in choose(LAYOUT, CPU)[1]
     monkeypatch.setenv("OSCAR_KV_BACKEND", "abacus")
     with pytest.raises(ValueError, match="OSCAR_KV_BACKEND='abacus'"):
+        choose(LAYOUT, CPU)
+
+
+def test_a_backend_that_declines_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    picky = Backend("picky", BACKENDS[0].operations, lambda layout, device: "only on Sundays")
+    eager = Backend("eager", BACKENDS[0].operations, lambda layout, device: None)
+    monkeypatch.setattr(dispatch, "BACKENDS", (picky, eager, *BACKENDS))
+    monkeypatch.delenv("OSCAR_KV_BACKEND", raising=False)
+    backend, reason = choose(LAYOUT, CPU)
+    assert backend is eager
+    assert reason == "picky: only on Sundays; eager: serves this"
+    monkeypatch.setenv("OSCAR_KV_BACKEND", "picky")
+    with pytest.raises(ValueError, match="only on Sundays"):
         choose(LAYOUT, CPU)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from states import states
 from test_packed import CONFIGS, assert_same
@@ -76,6 +80,34 @@ def test_bad_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     save_packed(path, {"0": quantize(KEYS, VALUES)})
     monkeypatch.undo()
     with pytest.raises(ValueError, match="format version 99: expected 1"):
+        load_packed(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d["0"].pop("config"),
+        lambda d: d["0"].update(dtype="torch.int4"),
+        lambda d: d["0"]["sequences"][0].update(sinks=9),
+        lambda d: d["0"]["sequences"][0].update(tail=5000),
+        lambda d: d["0"]["sequences"][0].update(pages=[-1]),
+        lambda d: d["0"]["sequences"][0].update(pages=[99]),
+        lambda d: d["0"].update(num_kv_heads=1),
+        lambda d: d.update(other=d["0"]),
+    ],
+)
+def test_a_damaged_description_is_refused(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], Any]
+) -> None:
+    path = tmp_path / "cache.safetensors"
+    save_packed(path, {"0": quantize(KEYS, VALUES)})
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    described = json.loads(metadata["caches"])
+    damage(described)
+    save_file(tensors, str(path), {**metadata, "caches": json.dumps(described)})
+    with pytest.raises(ValueError, match=r"cache\.safetensors: damaged"):
         load_packed(path)
 
 

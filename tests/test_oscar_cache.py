@@ -296,7 +296,7 @@ def test_non_finite_states_raise_and_change_nothing(poison: float, length: int) 
     layer = filled_layer(length) if length else OscarLayer(OscarConfig())
     keys, values = states(10, seed=1)
     keys[1, 0, 3, 5] = poison
-    with pytest.raises(ValueError, match="NaN or Inf"):
+    with pytest.raises(ValueError, match="NaN, Inf"):
         layer.update(keys, values)
     assert layer.get_seq_length() == length
     assert layer.is_initialized == (length > 0)
@@ -492,18 +492,70 @@ def test_head_dim_without_a_layout(head_dim: int, stated: bool) -> None:
 def test_float64_model() -> None:
     model = copy.deepcopy(FAMILIES["Llama"].model("oscar")).double()
     with pytest.raises(TypeError, match="float64"):
-        model(tokens(1, 8), past_key_values=OscarCache(model.config))
+        model(tokens(1, 8), past_key_values=OscarCache(FAMILIES["Llama"].config()))
+    model.config.dtype = torch.float64
+    with pytest.raises(TypeError, match="float64"):
+        OscarCache(model.config)
 
 
-def test_non_finite_prompt_leaves_the_cache_as_it_was() -> None:
+def test_unknown_layer_type() -> None:
+    config = FAMILIES["Gemma3Text"].config()
+    config.layer_types = ["telepathy", "full_attention"]
+    with pytest.raises(ValueError, match="unknown layer type 'telepathy'"):
+        OscarCache(config)
+
+
+def test_a_pass_that_fails_in_a_hybrid_model_asks_for_a_reset() -> None:
+    model = copy.deepcopy(FAMILIES["Gemma3Text"].model("oscar"))
+    cache = OscarCache(model.config)
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    kept = weight.data.clone()
+    weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN, Inf"):
+        teacher_forced(model, tokens(1, 20), [20], cache)
+    weight.data = kept
+    with pytest.raises(ValueError, match=r"call reset\(\) first"):
+        teacher_forced(model, tokens(1, 20), [20], cache)
+    cache.reset()
+    fresh = teacher_forced(model, tokens(1, 20), [20], OscarCache(model.config))
+    assert torch.equal(teacher_forced(model, tokens(1, 20), [20], cache), fresh)
+
+
+@pytest.mark.parametrize("prompt", [0, 300])
+def test_an_unchecked_nan_token_poisons_no_other(prompt: int) -> None:
+    """As a first prompt, and as a chunk that is attended exactly."""
+    layer = OscarLayer(OscarConfig(check_finite=False))
+    if prompt:
+        layer.update(*states(prompt))
+    keys, values = states(500, seed=1)
+    keys[0, 1, 450, 3] = torch.nan
+    held = layer.update(keys, values)
+    query = torch.randn(2, HEADS, 500, HEAD_DIM)
+    out, _ = oscar_attention_forward(torch.nn.Module(), query, *held, None)
+    assert out.isfinite().all()
+
+
+def test_states_of_an_earlier_update_are_refused() -> None:
+    layer = OscarLayer(OscarConfig())
+    layer.update(*states(300))
+    old = layer.update(*states(1))
+    layer.update(*states(1))
+    with pytest.raises(RuntimeError, match="before the next update"):
+        old[0].clone()
+    with pytest.raises(RuntimeError, match="before the next update"):
+        oscar_attention_forward(torch.nn.Module(), torch.randn(2, HEADS, 1, HEAD_DIM), *old, None)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_non_finite_prompt_leaves_the_cache_as_it_was(layer: int) -> None:
     model = copy.deepcopy(FAMILIES["Llama"].model("oscar"))
     cache = OscarCache(model.config)
     ids = tokens(1, 310)
     teacher_forced(model, ids[:, :300], [300], cache)
-    weight = model.model.layers[0].self_attn.k_proj.weight
+    weight = model.model.layers[layer].self_attn.k_proj.weight
     kept = weight.data.clone()
     weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN or Inf"):
+    with pytest.raises(ValueError, match="NaN, Inf"):
         teacher_forced(model, ids[:, 300:], [10], cache)
     weight.data = kept
     assert [cache.get_seq_length(index) for index in range(len(cache))] == [300, 300]

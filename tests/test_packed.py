@@ -247,7 +247,9 @@ def test_nonfinite_states_are_refused_and_nothing_is_lost(bad: float, which: int
     before = packed.memory()
     new = [KEYS[:, :, 300:600].clone(), VALUES[:, :, 300:600].clone()]
     new[which][1, 0, 7, 3] = bad
-    with pytest.raises(ValueError, match="NaN or Inf, first in sequence 1, KV head 0, new token 7"):
+    with pytest.raises(
+        ValueError, match=r"NaN, Inf .* first in sequence 1, KV head 0, new token 7"
+    ):
         packed.append(*new)
     assert packed.memory() == before
     assert_same(packed, filled(OscarConfig.compact(), 300))
@@ -267,6 +269,40 @@ def test_unchecked_nonfinite_tokens_become_zeros_and_poison_nobody(bad: float) -
     assert torch.equal(read_keys, expected[0])
     assert torch.equal(read_values, expected[1])
     assert not read_keys[0, 1, 50].any()
+
+
+@pytest.mark.parametrize("config", [OscarConfig.compact(), OscarConfig.paper()])
+def test_numbers_too_large_for_the_metadata_are_refused(config: OscarConfig) -> None:
+    packed = filled(config, 10)
+    with pytest.raises(ValueError, match="too large for fp"):
+        packed.append(KEYS[:, :, :20] * 1e6, VALUES[:, :, :20])
+    limit = 65504 / 16  # cross-head norm over 2 x 16 channels
+    packed.append(KEYS[:, :, :300].clamp(-1, 1) * limit, VALUES[:, :, :300].clamp(-1, 1) * 6e4)
+    assert all(states_.isfinite().all() for states_ in packed.dense())
+
+
+def test_float16_stays_finite_through_crops_and_appends() -> None:
+    keys, values = (states_.clamp(-3, 3).half() * 2e4 for states_ in (KEYS, VALUES))
+    packed = quantize(keys[:, :, :600], values[:, :, :600])
+    packed.crop(100)
+    packed.append(keys[:, :, :500], values[:, :, :500])
+    assert all(states_.isfinite().all() for states_ in packed.dense())
+
+
+def test_a_cache_made_in_inference_mode_is_an_ordinary_one() -> None:
+    with torch.inference_mode():
+        packed = quantize(KEYS[:, :, :300], VALUES[:, :, :300])
+    packed.append(KEYS[:, :, 300:600].requires_grad_(), VALUES[:, :, 300:600])
+    assert not packed.tail_keys.requires_grad
+    assert_same(packed, filled(OscarConfig.compact(), 600))
+
+
+def test_moving_copies_the_bookkeeping() -> None:
+    packed = filled(OscarConfig.paper(), 300)
+    moved = packed.to("cpu")
+    moved.append(KEYS[:, :, 300:600], VALUES[:, :, 300:600])
+    assert packed.lengths == [300, 300]
+    assert_same(moved, filled(OscarConfig.paper(), 600))
 
 
 def test_a_failing_pack_leaves_the_cache_as_it_was() -> None:
@@ -294,6 +330,8 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[PackedKV], object]]] = 
     "crop down": (ValueError, "lengths=-1", lambda p: p.crop(-1)),
     "crop count": (ValueError, "lengths=", lambda p: p.crop([1, 2, 3])),
     "select": (ValueError, "rows=", lambda p: p.select([0, 2])),
+    "crop to a fraction": (TypeError, "expected integers", lambda p: p.crop([299.0, 300])),  # pyright: ignore
+    "select a fraction": (TypeError, "expected integers", lambda p: p.select([0, 1.9])),  # pyright: ignore
     "select nothing": (ValueError, "rows=", lambda p: p.select([])),
 }
 
@@ -310,6 +348,8 @@ def test_bad_input_is_refused_and_nothing_is_lost(
 
 
 def test_bad_construction() -> None:
+    with pytest.raises(TypeError, match="config is a str"):
+        quantize(KEYS, VALUES, "compact")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="float64"):
         quantize(KEYS.double(), VALUES.double())
     with pytest.raises(ValueError, match="head_dim=20"):

@@ -42,6 +42,16 @@ def test_a_head_without_hadamard_matrix_is_rotated_in_blocks() -> None:
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(104, dtype=torch.float64))
 
 
+def test_the_first_caller_leaves_no_trace() -> None:
+    """Whatever mode or default device it ran in, the cached matrix is an ordinary one."""
+    rotation_matrix.cache_clear()
+    with torch.inference_mode(), torch.device("meta"):
+        rotation_matrix(96, device=torch.device("cpu"))
+    x = torch.randn(2, 96, requires_grad=True)
+    rotate(x).sum().backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("head_dim", [0, -8, 1.5])
 def test_bad_head_dim(head_dim: int) -> None:
     with pytest.raises(ValueError, match="head_dim"):

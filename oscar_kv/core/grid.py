@@ -49,13 +49,13 @@ def round_fp8(x: Tensor) -> Tensor:
 def fit_minmax(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Grid:
     """The paper's grid: ``scale = (max - min) / L``, ``zero = -round(-min / scale) * scale``.
 
-    A constant group gets the scale ``|x|`` (1 if zero), which represents it without error.
+    A constant group gets the scale ``|x|`` (1 if zero): one step from zero reaches it.
 
     Args:
         x: float32, any shape.
         dim: the dimension that forms a group.
         bits: bits per code; ``L = 2**bits - 1``.
-        round_metadata: rounding of scale and middle to their storage type.
+        round_metadata: rounding of the scale to its storage type, before the codes.
     """
     levels = 2**bits - 1
     low, high = torch.aminmax(x, dim=dim, keepdim=True)
@@ -73,7 +73,7 @@ def fit_unbiased(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Gr
 
     A constant group gets scale 0 and its mean.
 
-    Args: as :func:`fit_minmax`.
+    Args: as :func:`fit_minmax`; the middle is rounded, too, after the scale.
     """
     levels = 2**bits - 1
     mean = x.mean(dim, keepdim=True)

@@ -40,7 +40,9 @@ def fast_rotate(x: Tensor) -> Tensor:
     head_dim = x.shape[-1]
     blocks, base, sylvester = factor(head_dim)
     y = x.reshape(-1, blocks, base, sylvester)
-    y = torch.einsum("nbik,ij->nbjk", y, _base_hadamard(base).to(y))
+    with torch.inference_mode(False), torch.device("cpu"):
+        hadamard = _base_hadamard(base)
+    y = torch.einsum("nbik,ij->nbjk", y, hadamard.to(y))
     width = 1
     while width < sylvester:
         pairs = y.reshape(*y.shape[:3], sylvester // (2 * width), 2, width)
@@ -61,9 +63,11 @@ def rotation_matrix(
         ValueError: if ``head_dim`` is not a positive integer.
     """
     blocks, base, sylvester = factor(head_dim)
-    block = torch.kron(_base_hadamard(base), _sylvester(sylvester))
-    matrix = torch.block_diag(*[block] * blocks) * (base * sylvester) ** -0.5
-    return matrix.to(dtype=dtype, device=device)
+    # Cached for the process, so independent of the mode and default device of the first caller.
+    with torch.inference_mode(False), torch.device("cpu"):
+        block = torch.kron(_base_hadamard(base), _sylvester(sylvester))
+        matrix = torch.block_diag(*[block] * blocks) * (base * sylvester) ** -0.5
+        return matrix.to(dtype=dtype, device=device)
 
 
 def _rotation_like(x: Tensor) -> Tensor:

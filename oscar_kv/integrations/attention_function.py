@@ -134,6 +134,7 @@ def _packed_view(query: Tensor, key: Tensor, value: Tensor) -> AttentionView | N
     if not isinstance(key, LazyStates) or not isinstance(value, LazyStates):
         return None
     view = key.view_of
+    view.require_current()
     fits = view.new_keys is None or view.new_keys.shape[2] == query.shape[2]
     return view if fits and view is value.view_of else None
 

@@ -7,7 +7,7 @@ other operation sees the dequantized states.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,10 +31,23 @@ class AttentionView:
     packed: PackedKV
     new_keys: Tensor | None
     new_values: Tensor | None
+    lengths: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", self.packed.lengths)
+
+    def require_current(self) -> None:
+        """Raises RuntimeError if the cache has changed since: these states are gone."""
+        if self.lengths != self.packed.lengths:
+            raise RuntimeError(
+                f"the cache held {self.lengths} tokens when it returned these states and holds "
+                f"{self.packed.lengths} now: use them before the next update"
+            )
 
     @cached_property
     def dense(self) -> tuple[Tensor, Tensor]:
         """Dequantized keys ``[B, H, T, D]`` and values ``[B, H, T, E]``, new tokens exact."""
+        self.require_current()
         keys, values = self.packed.dense()
         if self.new_keys is not None and self.new_values is not None:
             keys[:, :, -self.new_keys.shape[2] :] = self.new_keys

@@ -9,37 +9,27 @@ with ``attn_implementation="oscar"`` the model attends straight from the packed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+)
 from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.config import OscarConfig
 from oscar_kv.integrations import attention_function
 from oscar_kv.integrations.lazy import AttentionView, LazyStates
 from oscar_kv.kernels import append
+from oscar_kv.storage.checks import zero_nonfinite
 from oscar_kv.storage.layout import PageLayout
+from oscar_kv.storage.ownership import owns_tensors
 from oscar_kv.storage.packed import PackedKV
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _owns_tensors(method: _Method) -> _Method:
-    """Runs ``method`` without gradients and outside inference mode.
-
-    What is allocated under ``torch.inference_mode`` could not be written to later, outside of it.
-    """
-
-    @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return cast(_Method, run)
 
 
 class OscarLayer(CacheLayerMixin):
@@ -57,11 +47,10 @@ class OscarLayer(CacheLayerMixin):
         """Whether a rollback of a few tokens leaves no trace: it then stays within the tail."""
         return self.config.recent_tokens > 0
 
-    @_owns_tensors
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.adopt(self._empty(key_states, value_states))
 
-    @_owns_tensors
+    @owns_tensors
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -69,6 +58,8 @@ class OscarLayer(CacheLayerMixin):
 
         The first call returns the states themselves: a prompt attends over its exact self.
         """
+        if not self.config.check_finite:  # what is attended is what is stored
+            key_states, value_states = zero_nonfinite(key_states, value_states)
         if self.packed is None or self.packed.max_length == 0:
             packed = self._empty(key_states, value_states)
             append(packed, key_states, value_states)
@@ -89,12 +80,10 @@ class OscarLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    @_owns_tensors
     def offload(self) -> None:
         if self.packed is not None:
             self.packed = self.packed.to("cpu")
 
-    @_owns_tensors
     def prefetch(self) -> None:
         if self.packed is not None:
             self.packed = self.packed.to(self.device)
@@ -116,18 +105,15 @@ class OscarLayer(CacheLayerMixin):
         if self.packed is not None and tokens_to_remove:
             self.packed.crop([length + tokens_to_remove for length in self.packed.lengths])
 
-    @_owns_tensors
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.packed is not None:
             self.packed.select(beam_idx.tolist())
 
-    @_owns_tensors
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.packed is not None:
             rows = range(self.packed.batch_size)
             self.packed.select([row for row in rows for _ in range(repeats)])
 
-    @_owns_tensors
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.packed is not None:
             rows = torch.arange(self.packed.batch_size)
@@ -156,7 +142,7 @@ class OscarCache(Cache):
     """A KV cache in about 2.2 bits per element, for ``past_key_values=``.
 
     Full-attention layers are quantized; sliding-window, linear-attention and other layers keep
-    the cache layers that Transformers gives them.
+    the cache layers that Transformers gives them. For inference: no gradient flows through it.
 
     Args:
         model_config: ``model.config``.
@@ -182,7 +168,12 @@ class OscarCache(Cache):
         self.config = OscarConfig() if config is None else config
         if not isinstance(self.config, OscarConfig):
             raise TypeError(f"config is a {type(config).__name__}: expected an OscarConfig")
-        layers: list[Any] = list(DynamicCache(config=model_config).layers)
+        if getattr(model_config, "dtype", None) == torch.float64:
+            raise TypeError("the model is float64: expected float16, bfloat16 or float32")
+        try:
+            layers: list[Any] = list(DynamicCache(config=model_config).layers)
+        except KeyError as error:
+            raise ValueError(f"{model_config.model_type}: unknown layer type {error}") from error
         quantized = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not quantized:
             kinds = sorted({type(layer).__name__ for layer in layers})
@@ -195,9 +186,40 @@ class OscarCache(Cache):
                 PageLayout(self.config, head_dim, 1)  # raises for a size without a layout
             layers[index] = OscarLayer(self.config)
         super().__init__(layers=layers, offloading=offloading)
+        self._torn = False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores the new states of one layer; see :meth:`OscarLayer.update`.
+
+        A layer that refuses its states takes the forward pass down with it. The layers below have
+        stored theirs by then: they are rolled back, so that the pass can be repeated.
+
+        Raises:
+            ValueError: for states that are refused, and, in a model with layers that cannot be
+                rolled back, for every update from then on until :meth:`reset`.
+        """
+        if self._torn:
+            raise ValueError("an earlier forward pass failed half-way: call reset() first")
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except Exception:
+            self._roll_back(layer_idx)
+            raise
+
+    def _roll_back(self, failed: int) -> None:
+        """Brings the layers below ``failed`` back to its length."""
+        length = self.get_seq_length(failed)
+        for layer in self.layers[:failed]:
+            if isinstance(layer, OscarLayer):
+                layer.crop(length - layer.get_seq_length())
+            elif not isinstance(layer, DummyLayer):
+                self._torn = True
 
     def reset(self) -> None:
         super().reset()
+        self._torn = False
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):
                 # Transformers 5.17 zeroes these states, and the next update would grow them.

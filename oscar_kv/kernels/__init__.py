@@ -140,7 +140,7 @@ def extend_attention(
     """Causal attention of the newest ``Tq`` tokens of each sequence over all of ``packed``.
 
     ``packed`` already holds the new tokens. Query ``i`` of sequence ``b`` sits at position
-    ``packed.lengths[b] - Tq + i``.
+    ``packed.lengths[b] - Tq + i``; one before the start of its sequence sees nothing.
 
     Args:
         query: ``[B, Hq, Tq, D]``, after RoPE, unrotated; ``Hq`` a multiple of the KV heads.
@@ -161,8 +161,10 @@ def extend_attention(
 
     Raises:
         ValueError: for shapes that do not fit ``packed``, or more queries than tokens.
-        TypeError: for a query that is not floating point.
+        TypeError: for a query, mask or batch of the wrong type.
     """
+    if not isinstance(packed, PackedKV):
+        raise TypeError(f"packed is a {type(packed).__name__}: expected a PackedKV")
     layout = packed.layout
     _check_query(query, packed)
     if (new_keys is None) != (new_values is None):
@@ -176,9 +178,14 @@ def extend_attention(
             raise ValueError(f"{name}={tuple(states.shape)}: expected {(*shape, channels)}")
     if s_aux is not None and tuple(s_aux.shape) != (query.shape[1],):
         raise ValueError(f"s_aux={tuple(s_aux.shape)}: expected {(query.shape[1],)}")
-    if starts is not None and tuple(starts.shape) != (packed.batch_size,):
-        raise ValueError(f"starts={tuple(starts.shape)}: expected {(packed.batch_size,)}")
-    if sliding_window is not None and sliding_window < 1:
+    if starts is not None and (
+        tuple(starts.shape) != (packed.batch_size,) or starts.is_floating_point()
+    ):
+        expected = (packed.batch_size,)
+        raise ValueError(f"starts={tuple(starts.shape)} {starts.dtype}: expected int {expected}")
+    if new_keys is not None and query.shape[2] > min(packed.lengths):
+        raise ValueError(f"new_keys: more tokens than the shortest sequence, {min(packed.lengths)}")
+    if sliding_window is not None and (not isinstance(sliding_window, int) or sliding_window < 1):
         raise ValueError(f"sliding_window={sliding_window}: expected a positive integer")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap={softcap}: expected a positive number")
@@ -212,14 +219,16 @@ def _check_query(query: Tensor, packed: PackedKV) -> None:
         )
     if query.device != packed.device:
         raise ValueError(f"query is on {query.device}: packed is on {packed.device}")
-    if not 1 <= query.shape[2] <= min(packed.lengths):
+    if not 1 <= query.shape[2] <= packed.max_length:
         raise ValueError(
             f"query holds {query.shape[2]} tokens per sequence: expected 1 to "
-            f"{min(packed.lengths)}, the tokens that every sequence has"
+            f"{packed.max_length}, the tokens of the longest sequence"
         )
 
 
 def _check_mask(mask: Tensor, query: Tensor, packed: PackedKV) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask is {mask.dtype}: expected bool (True = visible) or additive floats")
     batch, num_heads, num_queries, _ = query.shape
     wanted = (batch, num_heads, num_queries)
     if (

@@ -209,11 +209,13 @@ def _masked_planes(words: Tensor, dim: int) -> Tensor:
 @lru_cache(maxsize=8)
 def _plane_masks(device: torch.device) -> Tensor:
     masks = [3 << 2 * plane for plane in range(PLANES)]
-    return torch.tensor(masks, dtype=torch.int32, device=device).to(torch.int16)
+    with torch.inference_mode(False):
+        return torch.tensor(masks, dtype=torch.int32, device=device).to(torch.int16)
 
 
 @lru_cache(maxsize=32)
 def _plane_units(rows_per_plane: int, device: torch.device) -> Tensor:
     """``4**-plane`` for each of ``8 * rows_per_plane`` rows."""
-    powers = 0.25 ** torch.arange(PLANES, device=device, dtype=torch.float32)
-    return powers.repeat_interleave(rows_per_plane)
+    with torch.inference_mode(False):
+        powers = 0.25 ** torch.arange(PLANES, device=device, dtype=torch.float32)
+        return powers.repeat_interleave(rows_per_plane)

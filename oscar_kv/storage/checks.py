@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from oscar_kv.config import OscarConfig
+
+_LARGEST = 65504.0  # of float16
+_LARGEST_UNIT = 2.0**120
 
 
 def check_states(
@@ -41,30 +48,47 @@ def check_lengths(lengths: Sequence[int] | None, batch_size: int, tokens: int) -
     """New tokens of each sequence as a list; raises ValueError unless within ``[0, tokens]``."""
     if lengths is None:
         return [tokens] * batch_size
-    counts = [int(length) for length in lengths]
+    counts = as_integers("lengths", lengths)
     if len(counts) != batch_size or any(not 0 <= count <= tokens for count in counts):
         raise ValueError(f"lengths={counts}: expected {batch_size} numbers in [0, {tokens}]")
     return counts
 
 
-def require_finite(keys: Tensor, values: Tensor, counts: Sequence[int]) -> None:
-    """Raises ValueError if one of the first ``counts[b]`` tokens of a sequence has NaN or Inf."""
+def as_integers(name: str, numbers: Iterable[Any]) -> list[int]:
+    """``numbers`` as Python integers; raises TypeError for anything that would be rounded."""
+    try:
+        return [operator.index(number) for number in numbers]
+    except TypeError as error:
+        raise TypeError(f"{name}={numbers!r}: expected integers") from error
+
+
+def require_storable(
+    keys: Tensor, values: Tensor, counts: Sequence[int], config: OscarConfig
+) -> None:
+    """Raises ValueError if a token that counts has NaN or Inf, or is too large for its metadata.
+
+    Token scales are float16: the norm of a key (over all heads where they share it, over
+    ``sqrt(D)`` with FP8 metadata) may be at most 65504, and with FP16 metadata a value, too.
+    """
+    norm = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+    if config.token_scale == "cross_head":
+        norm = torch.linalg.vector_norm(norm, dim=1, keepdim=True)
+    peak = values.abs().amax(-1).float()
+    per_head = keys.shape[-1] ** 0.5 if config.metadata == "fp8" else 1.0
+    largest_value = _LARGEST if config.metadata == "fp16" else _LARGEST_UNIT
+    storable = (norm <= _LARGEST * per_head) & (peak <= largest_value)  # False for NaN
     tokens = torch.arange(keys.shape[2], device=keys.device)
-    counted = tokens < torch.tensor(counts, device=keys.device).view(-1, 1, 1)
-    bad = ~_finite_tokens(keys, values) & counted
+    bad = ~storable & (tokens < torch.tensor(counts, device=keys.device).view(-1, 1, 1))
     if bad.any():
         row, head, token = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"keys or values hold NaN or Inf, first in sequence {row}, KV head {head}, new token "
-            f"{token}: expected finite numbers (check_finite=False stores such tokens as zeros)"
+            f"keys or values hold NaN, Inf or a number too large for {config.metadata} metadata, "
+            f"first in sequence {row}, KV head {head}, new token {token} "
+            "(check_finite=False stores NaN and Inf tokens as zeros)"
         )
 
 
 def zero_nonfinite(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with every token that holds NaN or Inf replaced by zeros, per KV head."""
-    keep = _finite_tokens(keys, values).unsqueeze(-1)
-    return torch.where(keep, keys, 0), torch.where(keep, values, 0)
-
-
-def _finite_tokens(keys: Tensor, values: Tensor) -> Tensor:
-    return keys.isfinite().all(-1) & values.isfinite().all(-1)
+    finite = keys.isfinite().all(-1, keepdim=True) & values.isfinite().all(-1, keepdim=True)
+    return torch.where(finite, keys, 0), torch.where(finite, values, 0)

@@ -115,8 +115,10 @@ def decode_pages(
         keys ``[N, H, 128, D]`` and values ``[N, H, 128, E]``.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    keys, values = read_pages(pages, layout, wide)
-    return rotate_back(keys).to(dtype), rotate_back(values).to(dtype)
+    keys, values = (rotate_back(states) for states in read_pages(pages, layout, wide))
+    if dtype == torch.float16:  # a reconstruction may overshoot the largest float16
+        keys, values = (states.clamp(-65504.0, 65504.0) for states in (keys, values))
+    return keys.to(dtype), values.to(dtype)
 
 
 def read_pages(

@@ -83,8 +83,17 @@ def load_packed(
         raise ValueError(
             f"{path}: format version {metadata.get('version')}: expected {FORMAT_VERSION}"
         )
+    try:
+        return _rebuild(json.loads(metadata["caches"]), tensors, device)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def _rebuild(
+    described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str
+) -> tuple[dict[str, PackedKV], dict[str, Tensor]]:
     caches = {}
-    for name, entry in json.loads(metadata["caches"]).items():
+    for name, entry in described.items():
         packed = PackedKV(
             OscarConfig.from_dict(entry["config"]),
             batch_size=len(entry["sequences"]),
@@ -96,10 +105,7 @@ def load_packed(
         )
         prefix = f"cache/{name}/"
         parts = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        try:
-            packed.restore(entry["sequences"], parts)
-        except (KeyError, RuntimeError, IndexError) as error:
-            raise ValueError(f"{path}: cache {name!r} is damaged ({error})") from error
+        packed.restore(entry["sequences"], parts)
         caches[name] = packed
     extra = {k.removeprefix("extra/"): t for k, t in tensors.items() if k.startswith("extra/")}
     return caches, extra

@@ -6,7 +6,7 @@ of 128 quantized tokens, and a full-precision tail. The tail holds ``recent_toke
 Each token is quantized once.
 
 Lengths are kept twice: as device tensors for the kernels and as Python integers for bookkeeping,
-so that no operation here waits for the device.
+so that nothing here waits for the device, but for the check that ``check_finite`` asks for.
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ import torch
 from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS, OscarConfig
-from oscar_kv.storage.checks import check_lengths, check_states, require_finite, zero_nonfinite
+from oscar_kv.storage.checks import (
+    as_integers,
+    check_lengths,
+    check_states,
+    require_storable,
+    zero_nonfinite,
+)
 from oscar_kv.storage.codec import decode_pages, encode_pages
 from oscar_kv.storage.layout import PageLayout
+from oscar_kv.storage.ownership import owns_tensors
 from oscar_kv.storage.pool import PagePool
 from oscar_kv.storage.sequence import Group, SequenceState, group_by_shape
 
@@ -57,9 +64,10 @@ class PackedKV:
 
     Raises:
         ValueError: for sizes that have no page layout.
-        TypeError: for another dtype.
+        TypeError: for another dtype, or something else than a config.
     """
 
+    @owns_tensors
     def __init__(
         self,
         config: OscarConfig,
@@ -71,6 +79,8 @@ class PackedKV:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        if not isinstance(config, OscarConfig):
+            raise TypeError(f"config is a {type(config).__name__}: expected an OscarConfig")
         if dtype not in _DTYPES:
             raise TypeError(f"dtype={dtype}: expected one of {_DTYPES}")
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -141,11 +151,6 @@ class PackedKV:
         return [sequence.tail for sequence in self._sequences]
 
     @property
-    def is_uniform(self) -> bool:
-        """Whether all sequences have as many sinks, pages and tail tokens."""
-        return len(group_by_shape(self._sequences, self.device)) == 1
-
-    @property
     def nbytes(self) -> int:
         """Bytes allocated, unused capacity included."""
         return sum(self.memory().values())
@@ -208,6 +213,7 @@ class PackedKV:
 
     # -- growing and shrinking --------------------------------------------------------------
 
+    @owns_tensors
     def append(
         self,
         keys: Tensor,
@@ -240,17 +246,24 @@ class PackedKV:
         )
         counts = check_lengths(lengths, self.batch_size, tokens)
         if self.config.check_finite:
-            require_finite(keys, values, counts)
+            require_storable(keys, values, counts, self.config)
         else:
             keys, values = zero_nonfinite(keys, values)
         groups = group_by_shape(self._sequences, self.device, counts)
         writes = [self._plan(group, keys, values, pack) for group in groups if group.new_tokens]
+        widths = [
+            len(write.group.sample.pages) + write.pages.shape[1]
+            for write in writes
+            if write.pages is not None
+        ]
+        self._widen_table(max(widths, default=0))
         new_pages = [write.pages.flatten(0, 1) for write in writes if write.pages is not None]
         ids = self.pool.add(torch.cat(new_pages)) if new_pages else []
         for write in writes:
             ids = self._commit(write, ids)
         self._sync_lengths()
 
+    @owns_tensors
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Keeps only the first ``lengths`` tokens of every sequence (one number, or one each).
 
@@ -261,7 +274,8 @@ class PackedKV:
         Raises:
             ValueError: if a sequence has fewer tokens.
         """
-        wanted = [lengths] * self.batch_size if isinstance(lengths, int) else list(lengths)
+        each = lengths if isinstance(lengths, Sequence) else [lengths] * self.batch_size
+        wanted = as_integers("lengths", each)
         if len(wanted) != self.batch_size or any(
             not 0 <= new <= old for new, old in zip(wanted, self.lengths)
         ):
@@ -281,6 +295,7 @@ class PackedKV:
             sequence.tail = length - sinks - PAGE_TOKENS * len(sequence.pages)
         self._sync_lengths()
 
+    @owns_tensors
     def select(self, rows: Sequence[int]) -> None:
         """Replaces the batch by these of its sequences, in this order, repeats allowed.
 
@@ -289,7 +304,7 @@ class PackedKV:
         Raises:
             ValueError: if ``rows`` is empty or names a sequence that does not exist.
         """
-        rows = [int(row) for row in rows]
+        rows = as_integers("rows", rows)
         if not rows or any(not 0 <= row < self.batch_size for row in rows):
             raise ValueError(f"rows={rows!r}: expected indices below {self.batch_size}")
         chosen = [self._sequences[row] for row in rows]
@@ -306,10 +321,12 @@ class PackedKV:
         """Forgets every token; keeps the memory."""
         self.crop(0)
 
+    @owns_tensors
     def to(self, device: torch.device | str) -> PackedKV:
-        """This batch on ``device``. Use only what is returned from then on: whoever still reads
-        this object's tensors may go on, but the bookkeeping is shared."""
+        """A batch of the same sequences on ``device``. Do not append to both: tensors that are
+        there already are shared."""
         moved = copy.copy(self)
+        moved._sequences = [replace(sequence) for sequence in self._sequences]
         moved.pool = self.pool.to(device)
         for name in _BATCHED:
             setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
@@ -329,17 +346,19 @@ class PackedKV:
             {"sinks": s.sinks, "pages": [number[page] for page in s.pages], "tail": s.tail}
             for s in self._sequences
         ]
-        tail = max(self.tails_per_sequence)
+        tail, sinks = max(self.tails_per_sequence), max(self.sinks_per_sequence)
         return sequences, {
             "pages": self.pages(torch.tensor(live, dtype=torch.int32, device=self.device)),
             "tail_keys": self.tail_keys[:, :, :tail],
             "tail_values": self.tail_values[:, :, :tail],
-            "sink_keys": self.sink_keys,
-            "sink_values": self.sink_values,
+            "sink_keys": self.sink_keys[:, :, :sinks],
+            "sink_values": self.sink_values[:, :, :sinks],
         }
 
+    @owns_tensors
     def restore(self, sequences: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
         """Fills an empty cache with what :meth:`export` returned."""
+        self._check_restorable(sequences, tensors)
         ids = self.pool.add(tensors["pages"])
         self._sequences = [
             SequenceState(s["sinks"], tuple(ids[index] for index in s["pages"]), s["tail"])
@@ -353,9 +372,25 @@ class PackedKV:
         tail = max(self.tails_per_sequence)
         self.tail_keys[:, :, :tail] = tensors["tail_keys"]
         self.tail_values[:, :, :tail] = tensors["tail_values"]
-        self.sink_keys.copy_(tensors["sink_keys"])
-        self.sink_values.copy_(tensors["sink_values"])
+        sinks = max(self.sinks_per_sequence)
+        self.sink_keys[:, :, :sinks] = tensors["sink_keys"]
+        self.sink_values[:, :, :sinks] = tensors["sink_values"]
         self._sync_lengths()
+
+    def _check_restorable(
+        self, sequences: list[dict[str, Any]], tensors: dict[str, Tensor]
+    ) -> None:
+        count = tensors["pages"].shape[0]
+        shape = (count, self.layout.num_kv_heads, self.layout.page_bytes)
+        if tensors["pages"].dtype != torch.uint8 or tuple(tensors["pages"].shape) != shape:
+            raise ValueError(f"pages are {tuple(tensors['pages'].shape)}: expected {shape} bytes")
+        for s in sequences:
+            if (
+                not 0 <= s["sinks"] <= self.sink_keys.shape[2]
+                or not 0 <= s["tail"] <= self.tail_keys.shape[2]
+                or any(not 0 <= page < count for page in s["pages"])
+            ):
+                raise ValueError(f"sequence {s}: expected numbers that fit the cache")
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -395,7 +430,6 @@ class PackedKV:
         if write.pages is not None:
             count, complete = write.pages.shape[:2]
             first = len(before.pages)
-            self._widen_table(first + complete)
             new = torch.tensor(ids[: count * complete], dtype=torch.int32, device=self.device)
             self.block_table[rows, first : first + complete] = new.view(count, complete)
         for sequence in write.group.sequences:

@@ -64,8 +64,9 @@ class PagePool:
                 self._free.append(page)
 
     def to(self, device: torch.device | str) -> PagePool:
-        """The same pages on ``device``, sharing the bookkeeping."""
+        """The same pages on ``device``."""
         moved = copy.copy(self)
+        moved._free, moved._holders = list(self._free), self._holders.copy()
         moved.data = self.data.to(device, non_blocking=True)
         return moved
 
