@@ -4,9 +4,10 @@
 
 A step is ``cache.update`` with one new token and the attention over everything cached: 32 query
 heads, 8 KV heads, head_dim 128, float32. The peers are the full-precision ``DynamicCache`` and
-Transformers' quantized caches at 2 bits (quanto, HQQ), both attended by SDPA. The steps are
-too few for any cache to quantize what it has collected, which favours the peers: they re-quantize
-everything then, ours packs one page. Nothing is printed unless the last output of every cache agrees with the float64 oracle over what it holds.
+Transformers' quantized caches at 2 bits (quanto, HQQ), both attended by SDPA. The steps are too few
+for any cache to quantize what it has collected, which favours the peers: they re-quantize
+everything then, ours packs one page. Nothing is printed unless the last output of every cache
+agrees with the float64 oracle over what it holds.
 """
 
 from __future__ import annotations

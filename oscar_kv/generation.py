@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+from oscar_kv.integrations.transformers import OscarLayer, layer_memory
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -133,9 +133,7 @@ def tokens_per_second(tokens: list[Token]) -> float | None:
 
 def cache_nbytes(cache: Cache) -> int:
     """Bytes that ``cache`` has allocated for keys, values and other states."""
-    if isinstance(cache, OscarCache):
-        return cache.nbytes
-    return sum(_layer_nbytes(layer) for layer in cache.layers)
+    return sum(sum(layer_memory(layer).values()) for layer in cache.layers)
 
 
 def full_precision_nbytes(cache: Cache) -> int:
@@ -148,15 +146,8 @@ def full_precision_nbytes(cache: Cache) -> int:
             per_token = packed.layout.num_kv_heads * channels * packed.dtype.itemsize
             total += sum(packed.lengths) * per_token
         else:
-            total += _layer_nbytes(layer)
+            total += sum(layer_memory(layer).values())
     return total
-
-
-def _layer_nbytes(layer: Any) -> int:
-    tensors = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-    for group in ("conv_states", "recurrent_states"):
-        tensors += getattr(layer, group, {}).values()
-    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
 
 def _device(name: str) -> torch.device:

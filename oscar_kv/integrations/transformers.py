@@ -237,7 +237,7 @@ class OscarCache(Cache):
         """
         kinds: dict[str, int] = {}
         for layer in self.layers:
-            for kind, count in _layer_memory(layer).items():
+            for kind, count in layer_memory(layer).items():
                 kinds[kind] = kinds.get(kind, 0) + count
         return kinds
 
@@ -261,13 +261,14 @@ def _head_dim(config: Any, layer: int) -> int | None:
     return head_dim if isinstance(head_dim, int) else None
 
 
-def _layer_memory(layer: Any) -> dict[str, int]:
+def layer_memory(layer: Any) -> dict[str, int]:
+    """Bytes that one layer of any cache has allocated, by kind as in :meth:`OscarCache.memory`."""
     if isinstance(layer, OscarLayer):
         return {} if layer.packed is None else layer.packed.memory()
-    tensors = [t for t in vars(layer).values() if isinstance(t, Tensor)]
+    states = [getattr(layer, "keys", None), getattr(layer, "values", None)]
     for group in ("conv_states", "recurrent_states"):
-        tensors += [t for t in getattr(layer, group, {}).values() if isinstance(t, Tensor)]
-    return {"other": sum(t.numel() * t.itemsize for t in tensors)}
+        states += getattr(layer, group, {}).values()
+    return {"other": sum(t.nbytes for t in states if isinstance(t, Tensor))}
 
 
 attention_function.register()
