@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+from oscar_kv.integrations.transformers import OscarCache, OscarLayer, layer_memory
 from oscar_kv.storage.files import load_packed, save_packed
 
 
@@ -28,7 +28,7 @@ def save_cache(cache: OscarCache, path: str | Path) -> None:
         elif type(layer) is DynamicSlidingWindowLayer:
             if layer.is_initialized:
                 extra |= _sliding_states(index, layer)
-        elif not isinstance(layer, DummyLayer):
+        elif any(layer_memory(layer).values()):
             raise ValueError(f"layer {index} is a {type(layer).__name__}: it cannot be saved")
     if not packed:
         raise ValueError("the cache is empty: expected one that has seen tokens")

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
 )
@@ -214,7 +213,7 @@ class OscarCache(Cache):
         for layer in self.layers[:failed]:
             if isinstance(layer, OscarLayer):
                 layer.crop(length - layer.get_seq_length())
-            elif not isinstance(layer, DummyLayer):
+            elif any(layer_memory(layer).values()):
                 self._torn = True
 
     def reset(self) -> None:
