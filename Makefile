@@ -10,7 +10,10 @@ READY := $(VENV)/.ready
 # everything as soon as two processes share the cores; sleeping at once slows short operations.
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: demo test lint bench-cpu clean
+# The oldest Transformers that pyproject.toml accepts.
+OLDEST_TRANSFORMERS := 5.17.0
+
+.PHONY: demo test test-oldest lint bench-cpu clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +26,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -n auto
 
+test-oldest: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .oldest transformers==$(OLDEST_TRANSFORMERS)
+	PYTHONPATH=.oldest $(BIN)/pytest -n auto
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,4 +41,4 @@ bench-cpu: $(READY)
 	$(BIN)/python -m benchmarks.cpu_decode
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .oldest
