@@ -27,7 +27,7 @@ test: $(READY)
 	$(BIN)/pytest -n auto
 
 test-oldest: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade \
 		--target .oldest transformers==$(OLDEST_TRANSFORMERS)
 	PYTHONPATH=.oldest $(BIN)/pytest -n auto
 
