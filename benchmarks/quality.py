@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import oscar_kv.integrations.transformers  # noqa: F401  registers "oscar"
 from benchmarks import record
-from oscar_kv.config import PRESETS, OscarConfig
-from oscar_kv.evaluation.quality import FULL_PRECISION, recall, score
+from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
+from oscar_kv.evaluation.quality import recall, score
+from oscar_kv.planner import ModelShape
 
 
 def load_array(source: str) -> torch.Tensor:
@@ -83,16 +84,17 @@ def main(
         planted, answers = load_array(recall_tokens), load_array(recall_answers)
         recalls = {n: recall(loaded, planted, answers, n, batch_size=batch) for n in names}
 
-    text_config = loaded.config.get_text_config(decoder=True)
-    head_dim = text_config.head_dim
-    kv_heads = text_config.num_key_value_heads
+    layers = ModelShape.from_config(loaded.config).layers
+    layer = next(layer for layer, _ in layers if layer.quantized)
     table = Table("cache", "bits/element", "perplexity", "vs full", "same token", "recall")
     rows = []
     for cache in names:
         found, full = scores[cache], scores[FULL_PRECISION]
         bits = 16.0
         if cache != FULL_PRECISION:
-            bits = OscarConfig.preset(cache).bits_per_element(head_dim, kv_heads)
+            bits = OscarConfig.preset(cache).bits_per_element(
+                layer.head_dim, layer.num_kv_heads, layer.value_head_dim
+            )
         increase = (found.perplexity / full.perplexity - 1) * 100
         row = {"cache": cache, "bits_per_element": bits, **found.to_dict()}
         rows.append({**row, "increase_percent": increase, "recall": recalls.get(cache)})

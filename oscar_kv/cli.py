@@ -19,15 +19,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
-from oscar_kv.config import PRESETS, OscarConfig
+from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
 
 app = typer.Typer(
     help="A KV cache in about 2 bits per element.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-FULL_PRECISION = "full"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 

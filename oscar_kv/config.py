@@ -155,6 +155,9 @@ class OscarConfig:
 
 PRESETS = ("paper", "compact", "quality", "high")
 
+FULL_PRECISION = "full"
+"""What the cache in the model's own dtype is called where it stands beside the presets."""
+
 
 def _require_int(name: str, value: object, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from oscar_kv.evaluation.quality import FULL_PRECISION, make_cache, recall, score
+from oscar_kv.config import FULL_PRECISION
+from oscar_kv.evaluation.quality import make_cache, recall, score
 from oscar_kv.generation import (
     Loaded,
     Token,

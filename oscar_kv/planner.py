@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.config import PAGE_TOKENS, PRESETS, OscarConfig
+from oscar_kv.integrations.transformers import cache_layers, is_quantized
 from oscar_kv.storage.layout import PageLayout
 
 BASELINES = {"bf16": 2, "fp8": 1}
@@ -80,19 +81,9 @@ class ModelShape:
         Raises:
             ValueError: if it has no full-attention layer, or does not state its heads.
         """
-        text = config.get_text_config(decoder=True)
-        try:
-            layers = DynamicCache(config=config).layers
-        except KeyError as error:
-            raise ValueError(f"{config.model_type}: layer type {error} is not supported") from error
-        per_layer = getattr(text, "per_layer_config", None) or [text] * len(layers)
-        shapes = [_layer_shape(layer, fields) for layer, fields in zip(layers, per_layer)]
+        shapes = [_layer_shape(layer, fields) for layer, fields in cache_layers(config)]
         counts = Counter(shape for shape in shapes if shape is not None)
-        if not any(shape.quantized for shape in counts):
-            kinds = sorted({type(layer).__name__ for layer in layers})
-            raise ValueError(
-                f"{config.model_type} has no full-attention layer to quantize, only {kinds}"
-            )
+        text = config.get_text_config(decoder=True)
         max_context = getattr(text, "max_position_embeddings", None)
         return cls(config.model_type, tuple(counts.items()), shapes.count(None), max_context)
 
@@ -175,7 +166,7 @@ def _layer_shape(layer: Any, config: Any) -> LayerShape | None:
     """What the cache layer of a decoder layer holds, ``None`` if nothing that grows."""
     if not isinstance(layer, DynamicLayer):
         return None
-    quantized = type(layer) is DynamicLayer
+    quantized = is_quantized(layer)
     window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
     if (latent := getattr(config, "kv_lora_rank", None)) is not None:
         # latent attention caches one latent and one rotary key per token, whatever the heads

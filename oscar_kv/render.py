@@ -12,8 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from oscar_kv.config import FULL_PRECISION
 from oscar_kv.demo import CacheResult, Continuation, DemoResult
-from oscar_kv.evaluation.quality import FULL_PRECISION
 from oscar_kv.planner import GIB, ModelShape, PlanRow
 
 

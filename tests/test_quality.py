@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import oscar_kv
 import oscar_kv.integrations.transformers
-from oscar_kv.evaluation.quality import FULL_PRECISION, make_cache, recall, score
+from oscar_kv.config import FULL_PRECISION
+from oscar_kv.evaluation.quality import make_cache, recall, score
 
 FOLDER = Path(oscar_kv.__file__).parent / "models" / "demo"
 

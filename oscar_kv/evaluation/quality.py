@@ -12,11 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from oscar_kv.config import OscarConfig
+from oscar_kv.config import FULL_PRECISION, OscarConfig
 from oscar_kv.integrations.transformers import OscarCache
-
-FULL_PRECISION = "full"
-"""The name of the baseline: Transformers' own ``DynamicCache`` in the model's dtype."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from oscar_kv.config import OscarConfig
 from oscar_kv.integrations import attention_function
 from oscar_kv.integrations.lazy import AttentionView, LazyStates
 from oscar_kv.kernels import append
-from oscar_kv.storage.checks import zero_nonfinite
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.ownership import owns_tensors
 from oscar_kv.storage.packed import PackedKV
@@ -57,17 +56,15 @@ class OscarLayer(CacheLayerMixin):
 
         The first call returns the states themselves: a prompt attends over its exact self.
         """
-        if not self.config.check_finite:  # what is attended is what is stored
-            key_states, value_states = zero_nonfinite(key_states, value_states)
         if self.packed is None or self.packed.max_length == 0:
             packed = self._empty(key_states, value_states)
-            append(packed, key_states, value_states)
+            stored = append(packed, key_states, value_states)
             self.adopt(packed)
-            return key_states, value_states
+            return stored
         packed = self.packed
-        append(packed, key_states, value_states)
+        stored = append(packed, key_states, value_states)
         in_tail = key_states.shape[2] <= min(packed.tails_per_sequence)
-        view = AttentionView(packed, *((None, None) if in_tail else (key_states, value_states)))
+        view = AttentionView(packed, *((None, None) if in_tail else stored))
         return LazyStates.pair(view)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -169,21 +166,14 @@ class OscarCache(Cache):
             raise TypeError(f"config is a {type(config).__name__}: expected an OscarConfig")
         if getattr(model_config, "dtype", None) == torch.float64:
             raise TypeError("the model is float64: expected float16, bfloat16 or float32")
-        try:
-            layers: list[Any] = list(DynamicCache(config=model_config).layers)
-        except KeyError as error:
-            raise ValueError(f"{model_config.model_type}: unknown layer type {error}") from error
-        quantized = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-        if not quantized:
-            kinds = sorted({type(layer).__name__ for layer in layers})
-            raise ValueError(
-                f"{model_config.model_type} has no full-attention layer to quantize, only {kinds}"
-            )
-        text_config = model_config.get_text_config(decoder=True)
-        for index in quantized:
-            if head_dim := _head_dim(text_config, index):
+        layers: list[Any] = []
+        for layer, layer_config in cache_layers(model_config):
+            if not is_quantized(layer):
+                layers.append(layer)
+                continue
+            if head_dim := _head_dim(layer_config):
                 PageLayout(self.config, head_dim, 1)  # raises for a size without a layout
-            layers[index] = OscarLayer(self.config)
+            layers.append(OscarLayer(self.config))
         super().__init__(layers=layers, offloading=offloading)
         self._torn = False
 
@@ -246,10 +236,33 @@ class OscarCache(Cache):
         return sum(self.memory().values())
 
 
-def _head_dim(config: Any, layer: int) -> int | None:
+def cache_layers(model_config: PreTrainedConfig) -> list[tuple[Any, Any]]:
+    """Transformers' own cache layer of each decoder layer, empty, and that layer's config.
+
+    Raises:
+        ValueError: for a layer type that is not known, or a model with nothing to quantize.
+    """
+    try:
+        layers = DynamicCache(config=model_config).layers
+    except KeyError as error:
+        raise ValueError(f"{model_config.model_type}: unknown layer type {error}") from error
+    if not any(is_quantized(layer) for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        raise ValueError(
+            f"{model_config.model_type} has no full-attention layer to quantize, only {kinds}"
+        )
+    text = model_config.get_text_config(decoder=True)
+    configs = getattr(text, "per_layer_config", None) or [text] * len(layers)
+    return list(zip(layers, configs))
+
+
+def is_quantized(layer: Any) -> bool:
+    """Whether :class:`OscarCache` takes the place of this layer of Transformers."""
+    return type(layer) is DynamicLayer
+
+
+def _head_dim(config: Any) -> int | None:
     """The key channels of one head of a layer, ``None`` where the config does not tell."""
-    per_layer = getattr(config, "per_layer_config", None)
-    config = per_layer[layer] if per_layer else config
     if getattr(config, "kv_lora_rank", None) is not None:
         return None  # latent attention: what is cached is not what the config calls a head
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)

@@ -44,9 +44,9 @@ def unpack(
 
 def append(
     packed: PackedKV, keys: Tensor, values: Tensor, *, lengths: Sequence[int] | None = None
-) -> None:
-    """Appends new tokens to every sequence; arguments and errors of :meth:`PackedKV.append`."""
-    choose(packed.layout, packed.device)[0].operations.append(packed, keys, values, lengths)
+) -> tuple[Tensor, Tensor]:
+    """Appends new tokens to every sequence; all as :meth:`PackedKV.append`."""
+    return choose(packed.layout, packed.device)[0].operations.append(packed, keys, values, lengths)
 
 
 def quantize(

@@ -29,7 +29,7 @@ class Operations(Protocol):
 
     def append(
         self, packed: PackedKV, keys: Tensor, values: Tensor, lengths: Sequence[int] | None
-    ) -> None: ...
+    ) -> tuple[Tensor, Tensor]: ...
 
     def attend(
         self,

@@ -33,9 +33,9 @@ unpack = codec.decode_pages
 
 def append(
     packed: PackedKV, keys: Tensor, values: Tensor, lengths: Sequence[int] | None = None
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """See :func:`oscar_kv.kernels.append`."""
-    packed.append(keys, values, lengths=lengths, pack=pack)
+    return packed.append(keys, values, lengths=lengths, pack=pack)
 
 
 def attend(

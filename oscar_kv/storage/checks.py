@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from oscar_kv.config import OscarConfig
+from oscar_kv.storage.layout import PageLayout
 
 _LARGEST = 65504.0  # of float16
 _LARGEST_UNIT = 2.0**120
@@ -92,3 +93,23 @@ def zero_nonfinite(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with every token that holds NaN or Inf replaced by zeros, per KV head."""
     finite = keys.isfinite().all(-1, keepdim=True) & values.isfinite().all(-1, keepdim=True)
     return torch.where(finite, keys, 0), torch.where(finite, values, 0)
+
+
+def check_restorable(
+    sequences: list[dict[str, Any]],
+    pages: Tensor,
+    layout: PageLayout,
+    sink_slots: int,
+    tail_slots: int,
+) -> None:
+    """Raises ValueError unless sequences and pages from a file fit the cache that reads them."""
+    shape = (pages.shape[0], layout.num_kv_heads, layout.page_bytes)
+    if pages.dtype != torch.uint8 or tuple(pages.shape) != shape:
+        raise ValueError(f"pages are {tuple(pages.shape)}: expected {shape} bytes")
+    for s in sequences:
+        if (
+            not 0 <= s["sinks"] <= sink_slots
+            or not 0 <= s["tail"] <= tail_slots
+            or any(not 0 <= page < pages.shape[0] for page in s["pages"])
+        ):
+            raise ValueError(f"sequence {s}: expected numbers that fit the cache")

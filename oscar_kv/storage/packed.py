@@ -12,8 +12,8 @@ so that nothing here waits for the device, but for the check that ``check_finite
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from oscar_kv.config import PAGE_TOKENS, OscarConfig
 from oscar_kv.storage.checks import (
     as_integers,
     check_lengths,
+    check_restorable,
     check_states,
     require_storable,
     zero_nonfinite,
@@ -31,23 +32,10 @@ from oscar_kv.storage.codec import decode_pages, encode_pages
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.ownership import owns_tensors
 from oscar_kv.storage.pool import PagePool
-from oscar_kv.storage.sequence import Group, SequenceState, group_by_shape
-
-PackFunction = Callable[[Tensor, Tensor, PageLayout], Tensor]
+from oscar_kv.storage.sequence import SequenceState, group_by_shape
+from oscar_kv.storage.write import PackFunction, Write, plan_write
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class _Write:
-    """What one append will write to a group, worked out before anything is written."""
-
-    group: Group
-    sinks: tuple[Tensor, Tensor]
-    pages: Tensor | None
-    """uint8 ``[rows, new pages, H, page_bytes]``."""
-    tail_begin: int
-    tail: tuple[Tensor, Tensor]
 
 
 class PackedKV:
@@ -221,7 +209,7 @@ class PackedKV:
         *,
         lengths: Sequence[int] | None = None,
         pack: PackFunction = encode_pages,
-    ) -> None:
+    ) -> tuple[Tensor, Tensor]:
         """Adds new tokens to every sequence. On an error nothing has changed.
 
         Args:
@@ -230,6 +218,10 @@ class PackedKV:
             lengths: how many of the T tokens of each sequence count, from the left; all if
                 omitted.
             pack: turns whole pages of tokens into bytes, as :func:`encode_pages` does.
+
+        Returns:
+            The keys and values that were stored: those given, but for tokens made zero because
+            ``config.check_finite`` is off.
 
         Raises:
             ValueError: for wrong shapes, lengths or devices, and for NaN or Inf where
@@ -250,18 +242,14 @@ class PackedKV:
         else:
             keys, values = zero_nonfinite(keys, values)
         groups = group_by_shape(self._sequences, self.device, counts)
-        writes = [self._plan(group, keys, values, pack) for group in groups if group.new_tokens]
-        widths = [
-            len(write.group.sample.pages) + write.pages.shape[1]
-            for write in writes
-            if write.pages is not None
-        ]
-        self._widen_table(max(widths, default=0))
+        writes = [plan_write(self, group, keys, values, pack) for group in groups]
+        self._widen_table(max(len(w.group.sample.pages) + w.new_pages for w in writes))
         new_pages = [write.pages.flatten(0, 1) for write in writes if write.pages is not None]
         ids = self.pool.add(torch.cat(new_pages)) if new_pages else []
         for write in writes:
             ids = self._commit(write, ids)
         self._sync_lengths()
+        return keys, values
 
     @owns_tensors
     def crop(self, lengths: int | Sequence[int]) -> None:
@@ -358,7 +346,8 @@ class PackedKV:
     @owns_tensors
     def restore(self, sequences: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
         """Fills an empty cache with what :meth:`export` returned."""
-        self._check_restorable(sequences, tensors)
+        slots = self.sink_keys.shape[2], self.tail_keys.shape[2]
+        check_restorable(sequences, tensors["pages"], self.layout, *slots)
         ids = self.pool.add(tensors["pages"])
         self._sequences = [
             SequenceState(s["sinks"], tuple(ids[index] for index in s["pages"]), s["tail"])
@@ -377,47 +366,9 @@ class PackedKV:
         self.sink_values[:, :, :sinks] = tensors["sink_values"]
         self._sync_lengths()
 
-    def _check_restorable(
-        self, sequences: list[dict[str, Any]], tensors: dict[str, Tensor]
-    ) -> None:
-        count = tensors["pages"].shape[0]
-        shape = (count, self.layout.num_kv_heads, self.layout.page_bytes)
-        if tensors["pages"].dtype != torch.uint8 or tuple(tensors["pages"].shape) != shape:
-            raise ValueError(f"pages are {tuple(tensors['pages'].shape)}: expected {shape} bytes")
-        for s in sequences:
-            if (
-                not 0 <= s["sinks"] <= self.sink_keys.shape[2]
-                or not 0 <= s["tail"] <= self.tail_keys.shape[2]
-                or any(not 0 <= page < count for page in s["pages"])
-            ):
-                raise ValueError(f"sequence {s}: expected numbers that fit the cache")
-
     # -- inside -----------------------------------------------------------------------------
 
-    def _plan(self, group: Group, keys: Tensor, values: Tensor, pack: PackFunction) -> _Write:
-        rows, before = group.rows, group.sample
-        keys = keys[rows, :, : group.new_tokens]
-        values = values[rows, :, : group.new_tokens]
-        sinks = min(self.config.sink_tokens - before.sinks, group.new_tokens)
-        sink_states = keys[:, :, :sinks], values[:, :, :sinks]
-        keys, values = keys[:, :, sinks:], values[:, :, sinks:]
-        complete = max(0, before.tail + keys.shape[2] - self.config.recent_tokens) // PAGE_TOKENS
-        if not complete:
-            return _Write(group, sink_states, None, before.tail, (keys, values))
-        if before.tail:
-            keys = torch.cat([self.tail_keys[rows, :, : before.tail], keys], 2)
-            values = torch.cat([self.tail_values[rows, :, : before.tail], values], 2)
-        end = complete * PAGE_TOKENS
-
-        def whole_pages(states: Tensor) -> Tensor:
-            pages = states[:, :, :end].unflatten(2, (complete, PAGE_TOKENS))
-            return pages.transpose(1, 2).flatten(0, 1)
-
-        packed = pack(whole_pages(keys), whole_pages(values), self.layout)
-        rest = keys[:, :, end:], values[:, :, end:]
-        return _Write(group, sink_states, packed.unflatten(0, (-1, complete)), 0, rest)
-
-    def _commit(self, write: _Write, ids: list[int]) -> list[int]:
+    def _commit(self, write: Write, ids: list[int]) -> list[int]:
         """Writes one planned append; returns the page ids that remain for the others."""
         rows, before = write.group.rows, write.group.sample
         sinks = write.sinks[0].shape[2]
@@ -435,9 +386,8 @@ class PackedKV:
         for sequence in write.group.sequences:
             sequence.sinks += sinks
             sequence.tail = end
-            if write.pages is not None:
-                sequence.pages += tuple(ids[: write.pages.shape[1]])
-                ids = ids[write.pages.shape[1] :]
+            sequence.pages += tuple(ids[: write.new_pages])
+            ids = ids[write.new_pages :]
         return ids
 
     def _widen_table(self, width: int) -> None:
