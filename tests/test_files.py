@@ -79,7 +79,7 @@ def test_bad_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(files, "FORMAT_VERSION", 99)
     save_packed(path, {"0": quantize(KEYS, VALUES)})
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format version 99: expected 1"):
+    with pytest.raises(ValueError, match="format version 99: expected"):
         load_packed(path)
 
 

@@ -19,7 +19,7 @@ from oscar_kv.config import PAGE_TOKENS
 from oscar_kv.core.rotation import rotate, rotate_back
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.storage import codec
-from oscar_kv.storage.layout import PLANES, PageLayout
+from oscar_kv.storage.layout import PLANES, TILE, PageLayout
 from oscar_kv.storage.packed import PackedKV
 
 # Elements of codes unpacked at a time, so that their float32 form stays in a CPU's cache.
@@ -169,7 +169,7 @@ def _folded_logits(rotated: Tensor, pages: Tensor, layout: PageLayout) -> Tensor
         planes = _masked_planes(words[:, :, index], 2)  # [N, H, planes, 16, D]
         codes = planes.flatten(2, 3).unflatten(2, (-1, group))
         logits = logits + scaled @ codes.mT * 4**index  # [N, H, G, M, group]
-    plane_unit = _plane_units(16, logits.device).view(-1, 1, group)
+    plane_unit = _plane_units(TILE, logits.device).view(-1, 1, group)
     logits = logits * plane_unit + (query @ zero.mT).mT.unsqueeze(-1)
     scales = codec.token_scales(pages, layout).unflatten(-1, (-1, 1, group))
     logits = (logits * scales).transpose(2, 3)  # [N, H, M, G, group]
@@ -186,14 +186,15 @@ def _folded_values(probs: Tensor, pages: Tensor, layout: PageLayout) -> Tensor:
     zero = layout.field(pages, "value_centre").float()  # [N, H, V, 128]
     zero = zero - scale.squeeze(-2) * codec.grid_middle(layout.config.value_bits)
     scaled = by_page.unsqueeze(2) * scale  # [N, H, V, M, 128]
-    words = layout.field(pages, "value_codes").transpose(-3, -2)  # [N, H, sets, E / 8, 8, 16]
+    # plane p holds tokens 16 p .. 16 p + 15: its unit goes into their weights
+    scaled = scaled * _plane_units(TILE, scaled.device)
+    words = layout.field(pages, "value_codes")  # [N, H, sets, blocks, 16 channels, 16 tokens]
     output = probs.new_zeros(())
     for index in range(words.shape[2]):
-        planes = _masked_planes(words[:, :, index].flatten(-2), 2)  # [N, H, planes, E / 8, 128]
-        codes = planes.flatten(2, 3).unflatten(2, (-1, layout.value_group))
+        rows = words[:, :, index].flatten(2, 3)[:, :, : layout.value_dim]
+        codes = _masked_planes(rows, 3).flatten(-2)  # [N, H, E, 128]
+        codes = codes.unflatten(2, (-1, layout.value_group))
         output = output + scaled @ codes.mT * 4**index  # [N, H, V, M, value_group]
-    plane_unit = _plane_units(layout.value_dim // PLANES, output.device)
-    output = output * plane_unit.view(-1, 1, layout.value_group)
     output = output + (by_page @ zero.mT).mT.unsqueeze(-1)
     output = output.transpose(2, 3).flatten(3)  # [N, H, M, E]
     return output.unflatten(0, (batch, -1)).sum(1)

@@ -14,7 +14,7 @@ from oscar_kv.config import PAGE_TOKENS
 from oscar_kv.core.grid import FITS, Grid, round_fp8, round_fp16
 from oscar_kv.core.rotation import rotate, rotate_back
 from oscar_kv.core.scaling import token_scale, unbiased_token_scale
-from oscar_kv.storage.layout import PLANES, PageLayout
+from oscar_kv.storage.layout import PLANES, TILE, PageLayout
 
 # Elements of one tensor quantized at a time: small enough to stay in a CPU cache.
 _CHUNK_ELEMENTS = 1 << 18
@@ -149,8 +149,9 @@ def key_codes(pages: Tensor, layout: PageLayout) -> Tensor:
 
 def value_codes(pages: Tensor, layout: PageLayout) -> Tensor:
     """Value codes of ``pages``: uint8 ``[N, H, 128, E]``."""
-    planes = _split_planes(layout.field(pages, "value_codes"))  # [.., blocks, planes, words, 16]
-    return planes.movedim(-1, -3).flatten(-2).flatten(-3, -2)
+    planes = _split_planes(layout.field(pages, "value_codes"))  # [.., blocks, planes, 16, tokens]
+    by_token = planes.movedim(-1, -4).movedim(-2, -4)  # [.., planes, tokens, blocks, 16]
+    return by_token.flatten(-2).flatten(-3, -2)[..., : layout.value_dim]
 
 
 def token_scales(pages: Tensor, layout: PageLayout) -> Tensor:
@@ -196,8 +197,10 @@ def _write_keys(pages: Tensor, keys: QuantizedKeys, layout: PageLayout) -> None:
 
 def _write_values(pages: Tensor, values: QuantizedValues, layout: PageLayout) -> None:
     grid = values.grid
-    # [N, H, blocks, 16 tokens, planes, words] -> [N, H, blocks, planes, words, 16 tokens]
-    codes = grid.codes.flatten(3).unflatten(2, (-1, 16)).unflatten(-1, (PLANES, -1)).movedim(3, -1)
+    codes = grid.codes.flatten(3)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % TILE))
+    # [N, H, planes, 16 tokens, blocks, 16 channels] -> [N, H, blocks, planes, channels, tokens]
+    codes = codes.unflatten(2, (PLANES, -1)).unflatten(-1, (-1, TILE)).permute(0, 1, 4, 2, 5, 3)
     layout.field(pages, "value_codes").copy_(_join_planes(codes, 3, layout.config.value_bits))
     layout.field(pages, "value_scale").copy_(grid.scale.squeeze(-1).mT)
     middle = grid.zero + grid.scale * grid_middle(layout.config.value_bits)

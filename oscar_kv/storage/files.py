@@ -15,7 +15,7 @@ from torch import Tensor
 from oscar_kv.config import OscarConfig
 from oscar_kv.storage.packed import PackedKV
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the page layout or this file's structure changes."""
 
 _FORMAT = "oscar-kv"

@@ -11,8 +11,8 @@ key_codes     ``[sets, 16, D]`` int16            plane ``p`` of word ``w`` is to
 key_scale     ``[G, D]`` metadata                grid step of a key group, per channel
 key_centre    ``[G, D]`` metadata                middle of the grid, see below
 token_scale   ``[128]`` float16                  ``k = token_scale * u``; across heads: see below
-value_codes   ``[sets, 8, E / 8, 16]`` int16     ``[.., b, w, t]``: plane ``p`` of the word is
-                                                 channel ``E / 8 p + w`` of token ``16 b + t``
+value_codes   ``[sets, E / 16, 16, 16]`` int16   ``[.., b, w, t]``: plane ``p`` of the word is
+                                                 channel ``16 b + w`` of token ``16 p + t``
 value_scale   ``[V, 128]`` metadata              grid step of a value group, per token
 value_centre  ``[V, 128]`` metadata              middle of the grid
 value_unit    ``[1]`` float32                    multiplies value_scale and value_centre
@@ -21,6 +21,8 @@ value_unit    ``[1]`` float32                    multiplies value_scale and valu
 A code stands for ``scale * (code - L / 2) + centre``, ``L = 2**bits - 1``. The middle is stored,
 not the value of code 0, because it is smaller and so is the rounding error of a narrow float.
 
+Every plane of a 16 x 16 tile of words is thus a 16 x 16 tile of codes, an operand of a matrix unit
+as it stands, whatever the head size; where E is no multiple of 16 the last block is padded.
 A 16-bit word holds eight 2-bit planes, plane ``p`` in bits ``2 p`` and ``2 p + 1``. 4-bit codes are
 two sets of planes: the low two bits, then the high two. With a token scale shared across heads,
 the page of head ``h`` holds the scales of tokens ``h n .. h n + n - 1``, ``n = ceil(128 / H)``.
@@ -38,8 +40,8 @@ from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS, OscarConfig
 
-WORD_TOKENS = 16
-"""Tokens that share a word row: a plane of key words, and a block of value words."""
+TILE = 16
+"""Rows and columns of a tile of words: tokens of one plane, and channels of a value block."""
 PLANES = 8
 """2-bit planes in a 16-bit word."""
 
@@ -126,9 +128,9 @@ class PageLayout:
         metadata = _METADATA_DTYPES[config.metadata]
         key_groups = PAGE_TOKENS // config.key_group
         value_groups = self.value_dim // self.value_group
-        value_words = (PAGE_TOKENS // WORD_TOKENS, self.value_dim // PLANES, WORD_TOKENS)
+        value_words = (math.ceil(self.value_dim / TILE), TILE, TILE)
         shapes = {
-            "key_codes": ((config.key_bits // 2, WORD_TOKENS, self.head_dim), torch.int16),
+            "key_codes": ((config.key_bits // 2, TILE, self.head_dim), torch.int16),
             "key_scale": ((key_groups, self.head_dim), metadata),
             "key_centre": ((key_groups, self.head_dim), metadata),
             "token_scale": ((self.token_scales_per_page,), torch.float16),
