@@ -182,9 +182,9 @@ def _folded_values(probs: Tensor, pages: Tensor, layout: PageLayout) -> Tensor:
     batch = probs.shape[0]
     by_page = probs.unflatten(-1, (-1, PAGE_TOKENS)).movedim(3, 1).flatten(0, 1)  # [N, H, M, 128]
     by_page = by_page * codec.value_units(pages, layout).unsqueeze(-1)
-    scale = layout.field(pages, "value_scale").float().unsqueeze(-2)  # [N, H, V, 1, 128]
-    zero = layout.field(pages, "value_centre").float()  # [N, H, V, 128]
-    zero = zero - scale.squeeze(-2) * codec.grid_middle(layout.config.value_bits)
+    scale, centre = codec.value_grid(pages, layout)  # [N, H, V, 128]
+    scale = scale.unsqueeze(-2)
+    zero = centre - scale.squeeze(-2) * codec.grid_middle(layout.config.value_bits)
     scaled = by_page.unsqueeze(2) * scale  # [N, H, V, M, 128]
     # plane p holds tokens 16 p .. 16 p + 15: its unit goes into their weights
     scaled = scaled * _plane_units(TILE, scaled.device)

@@ -53,8 +53,7 @@ class PageSpec:
     key_centre: int
     token_scale: int
     value_codes: int
-    value_scale: int
-    value_centre: int
+    value_grid: int
     value_unit: int
     """-1 where there is none (the unit is one)."""
 
@@ -98,8 +97,7 @@ def page_spec(layout: PageLayout) -> PageSpec:
         key_centre=fields["key_centre"].offset,
         token_scale=fields["token_scale"].offset,
         value_codes=fields["value_codes"].offset,
-        value_scale=fields["value_scale"].offset,
-        value_centre=fields["value_centre"].offset,
+        value_grid=fields["value_grid"].offset,
         value_unit=fields["value_unit"].offset if "value_unit" in fields else -1,
     )
 
@@ -108,6 +106,12 @@ def page_spec(layout: PageLayout) -> PageSpec:
 def page_pointer(pool, page_id, head, page: tl.constexpr):
     """The first byte of a page; ``page_id`` is an int32 scalar of the block table."""
     return pool + page_id.to(tl.int64) * page.stride + head * page.page_bytes
+
+
+@triton.jit
+def slot(token):
+    """Where what is stored per token lies: see ``storage/layout.py``. ``token`` in 0..127."""
+    return token // 32 * 32 + token % 16 * 2 + token // 16 % 2
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from oscar_kv.config import PAGE_TOKENS
 from oscar_kv.core.grid import FITS, Grid, round_fp8, round_fp16
 from oscar_kv.core.rotation import rotate, rotate_back
 from oscar_kv.core.scaling import token_scale, unbiased_token_scale
-from oscar_kv.storage.layout import PLANES, TILE, PageLayout
+from oscar_kv.storage.layout import PLANES, TILE, PageLayout, by_slot, by_token
 
 # Elements of one tensor quantized at a time: small enough to stay in a CPU cache.
 _CHUNK_ELEMENTS = 1 << 18
@@ -134,8 +134,7 @@ def read_pages(
     keys = keys * token_scales(pages, layout).to(dtype).unsqueeze(-1)
 
     values = value_codes(pages, layout).to(dtype).unflatten(-1, (-1, layout.value_group))
-    scale = layout.field(pages, "value_scale").to(dtype).mT.unsqueeze(-1)
-    centre = layout.field(pages, "value_centre").to(dtype).mT.unsqueeze(-1)
+    scale, centre = (part.to(dtype).mT.unsqueeze(-1) for part in value_grid(pages, layout))
     middle = grid_middle(layout.config.value_bits)
     values = ((values - middle) * scale + centre).flatten(-2)
     return keys, values * value_units(pages, layout).to(dtype).unsqueeze(-1)
@@ -158,9 +157,15 @@ def token_scales(pages: Tensor, layout: PageLayout) -> Tensor:
     """Token scales of ``pages``: float32 ``[N, H, 128]``, heads that share them expanded."""
     scales = layout.field(pages, "token_scale").float()
     if layout.config.token_scale != "cross_head":
-        return scales
-    shared = scales.flatten(-2)[..., :PAGE_TOKENS]
+        return by_token(scales)
+    shared = by_token(scales.flatten(-2)[..., :PAGE_TOKENS])
     return shared.unsqueeze(-2).expand(*scales.shape[:-1], PAGE_TOKENS)
+
+
+def value_grid(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+    """Scales and centres of the values of ``pages``: float32 ``[N, H, V, 128]`` each."""
+    scale, centre = layout.field(pages, "value_grid").float().unbind(-1)
+    return by_token(scale), by_token(centre)
 
 
 def value_units(pages: Tensor, layout: PageLayout) -> Tensor:
@@ -187,7 +192,7 @@ def _write_keys(pages: Tensor, keys: QuantizedKeys, layout: PageLayout) -> None:
     layout.field(pages, "key_scale").copy_(grid.scale.squeeze(-2))
     middle = grid.zero + grid.scale * grid_middle(layout.config.key_bits)
     layout.field(pages, "key_centre").copy_(_storable(middle.squeeze(-2), layout))
-    scales = keys.token_scale.squeeze(-1)
+    scales = by_slot(keys.token_scale.squeeze(-1))
     if layout.config.token_scale == "cross_head":
         heads, stored = scales.shape[1], layout.token_scales_per_page
         scales = torch.nn.functional.pad(scales[:, 0], (0, heads * stored - PAGE_TOKENS))
@@ -202,9 +207,10 @@ def _write_values(pages: Tensor, values: QuantizedValues, layout: PageLayout) ->
     # [N, H, planes, 16 tokens, blocks, 16 channels] -> [N, H, blocks, planes, channels, tokens]
     codes = codes.unflatten(2, (PLANES, -1)).unflatten(-1, (-1, TILE)).permute(0, 1, 4, 2, 5, 3)
     layout.field(pages, "value_codes").copy_(_join_planes(codes, 3, layout.config.value_bits))
-    layout.field(pages, "value_scale").copy_(grid.scale.squeeze(-1).mT)
     middle = grid.zero + grid.scale * grid_middle(layout.config.value_bits)
-    layout.field(pages, "value_centre").copy_(_storable(middle.squeeze(-1).mT, layout))
+    parts = (grid.scale, _storable(middle, layout))
+    by_slots = torch.stack([by_slot(part.squeeze(-1).mT) for part in parts], -1)
+    layout.field(pages, "value_grid").copy_(by_slots)
     if "value_unit" in layout.fields:
         layout.field(pages, "value_unit").copy_(values.unit.flatten(2))
 

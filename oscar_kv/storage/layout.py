@@ -10,12 +10,11 @@ field         shape and type                     meaning
 key_codes     ``[sets, 16, D]`` int16            plane ``p`` of word ``w`` is token ``16 p + w``
 key_scale     ``[G, D]`` metadata                grid step of a key group, per channel
 key_centre    ``[G, D]`` metadata                middle of the grid, see below
-token_scale   ``[128]`` float16                  ``k = token_scale * u``; across heads: see below
+token_scale   ``[128]`` float16                  ``k = token_scale * u``, by slot; see below
 value_codes   ``[sets, E / 16, 16, 16]`` int16   ``[.., b, w, t]``: plane ``p`` of the word is
                                                  channel ``16 b + w`` of token ``16 p + t``
-value_scale   ``[V, 128]`` metadata              grid step of a value group, per token
-value_centre  ``[V, 128]`` metadata              middle of the grid
-value_unit    ``[1]`` float32                    multiplies value_scale and value_centre
+value_grid    ``[V, 128, 2]`` metadata           (scale, centre) of a value group, by slot
+value_unit    ``[1]`` float32                    multiplies scales and centres of values
 ============  =================================  ==========================================
 
 A code stands for ``scale * (code - L / 2) + centre``, ``L = 2**bits - 1``. The middle is stored,
@@ -24,8 +23,12 @@ not the value of code 0, because it is smaller and so is the rounding error of a
 Every plane of a 16 x 16 tile of words is thus a 16 x 16 tile of codes, an operand of a matrix unit
 as it stands, whatever the head size; where E is no multiple of 16 the last block is padded.
 A 16-bit word holds eight 2-bit planes, plane ``p`` in bits ``2 p`` and ``2 p + 1``. 4-bit codes are
-two sets of planes: the low two bits, then the high two. With a token scale shared across heads,
-the page of head ``h`` holds the scales of tokens ``h n .. h n + n - 1``, ``n = ceil(128 / H)``.
+two sets of planes: the low two bits, then the high two.
+
+What is stored per token lies in the order of *slots* (:func:`by_slot`): token ``32 j + 16 e + w`` has
+slot ``32 j + 2 w + e``, so that the entries of two planes share a 32-bit word, one load for both. With
+a token scale shared across heads, the page of head ``h`` holds slots ``h n .. h n + n - 1``,
+``n = 2 ceil(64 / H)``.
 A page is padded to a multiple of 128 bytes, so that bytes per token are whole.
 """
 
@@ -118,7 +121,7 @@ class PageLayout:
     def token_scales_per_page(self) -> int:
         """Token scales stored in one page: fewer than 128 where all heads share them."""
         if self.config.token_scale == "cross_head":
-            return math.ceil(PAGE_TOKENS / self.num_kv_heads)
+            return 2 * math.ceil(PAGE_TOKENS / 2 / self.num_kv_heads)
         return PAGE_TOKENS
 
     @cached_property
@@ -135,8 +138,7 @@ class PageLayout:
             "key_centre": ((key_groups, self.head_dim), metadata),
             "token_scale": ((self.token_scales_per_page,), torch.float16),
             "value_codes": ((config.value_bits // 2, *value_words), torch.int16),
-            "value_scale": ((value_groups, PAGE_TOKENS), metadata),
-            "value_centre": ((value_groups, PAGE_TOKENS), metadata),
+            "value_grid": ((value_groups, PAGE_TOKENS, 2), metadata),
             "value_unit": ((1,), torch.float32),
         }
         if config.metadata == "fp16":
@@ -169,6 +171,16 @@ class PageLayout:
     def field(self, pages: Tensor, name: str) -> Tensor:
         """The field ``name`` of ``pages`` (uint8 ``[..., page_bytes]``) as a view."""
         return self.fields[name].of(pages)
+
+
+def by_token(entries: Tensor) -> Tensor:
+    """``[..., 128]`` from the order of slots to that of tokens."""
+    return entries.unflatten(-1, (-1, TILE, 2)).mT.flatten(-3)
+
+
+def by_slot(entries: Tensor) -> Tensor:
+    """``[..., 128]`` from the order of tokens to that of slots: undoes :func:`by_token`."""
+    return entries.unflatten(-1, (-1, 2, TILE)).mT.flatten(-3)
 
 
 def _round_up(value: int, multiple: int) -> int:
