@@ -1,4 +1,4 @@
-"""``oscar-kv demo | generate | info``.
+"""``oscar-kv demo | generate | info | bench``.
 
 Whatever a user can get wrong ends in one line on stderr and exit code 2. PyTorch and Transformers
 are imported by the commands that need them, so that ``--help`` does not wait for them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+BENCHMARKS = ("kernel", "prefill", "model")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
@@ -223,6 +226,34 @@ def info(
             }
         )
     Console().print(plan_table(shape, rows, context, batch))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help=f"{', '.join(BENCHMARKS)}.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The most important third.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this GPU: decode attention, prefill or a whole model, against BF16."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark {name!r}: expected one of {BENCHMARKS}")
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "benchmarks" / "gpu" / f"{name}.py").is_file():
+        raise ValueError(
+            "the benchmarks are not part of the installed package: clone the repository, install "
+            "it with pip install -e . and run this again"
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "bench needs a CUDA GPU, and torch sees none: run it on a machine with one"
+        )
+    options = [flag for flag, on in (("--quick", quick), ("--json", as_json)) if on]
+    command = [sys.executable, "-m", f"benchmarks.gpu.{name}", *options]
+    code = subprocess.run(command, cwd=checkout, check=False).returncode
+    if code:
+        raise typer.Exit(code)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

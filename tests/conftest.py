@@ -1,9 +1,19 @@
-"""Shared settings: one thread per worker (they run side by side), and calm hypothesis runs."""
+"""Shared settings: one thread per worker (they run side by side), and calm hypothesis runs.
+
+Without a GPU, Triton kernels run in Triton's interpreter, which has to be chosen before they are
+imported.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)

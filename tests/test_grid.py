@@ -80,8 +80,8 @@ def test_paper_preset_is_the_papers_pipeline_bit_for_bit() -> None:
     codes, scales, zeros = paper_grid(values.unflatten(-1, (2, 32)).flatten(0, -2), torch.float16)
     found = quantize_values(values, layout)
     assert torch.equal(found.grid.codes.flatten(0, -2).float(), codes)
-    assert torch.equal(found.grid.scale.flatten(), scales)
-    assert torch.equal(found.grid.zero.flatten(), zeros)
+    assert torch.equal((found.grid.scale * found.unit).flatten(), scales)
+    assert torch.equal((found.grid.zero * found.unit).flatten(), zeros)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from states import states
 from torch import Tensor
 
 from oscar_kv import OscarConfig, PackedKV, quantize
-from oscar_kv.storage.codec import encode_pages
+from oscar_kv.storage.codec import encode_into
 
 CONFIGS = {
     "compact": OscarConfig.compact(),
@@ -199,15 +200,17 @@ def test_beams_share_pages_and_free_them() -> None:
 def test_each_token_is_quantized_once(config: OscarConfig) -> None:
     seen: list[Tensor] = []
 
-    def pack(keys: Tensor, values: Tensor, layout: object) -> Tensor:
-        seen.append(keys.transpose(1, 2).flatten(0, 1))
-        return encode_pages(keys, values, packed.layout)
+    def pack(
+        pool: Tensor, page_ids: Tensor, keys: Tensor, values: Tensor, layout: Any, *, pages: int
+    ) -> None:
+        seen.append(keys[0, :, : 128 * pages].transpose(0, 1))
+        encode_into(pool, page_ids, keys, values, layout, pages=pages)
 
     packed = empty(config, batch_size=1)
     for token in range(700):
         chunk = slice(token, token + 1)
         packed.append(KEYS[:1, :, chunk], VALUES[:1, :, chunk], pack=pack)
-    quantized = torch.cat(seen).transpose(0, 1)
+    quantized = torch.cat(seen).transpose(0, 1)  # [H, tokens, D]
     begin = config.sink_tokens
     assert torch.equal(quantized, KEYS[0, :, begin : begin + quantized.shape[1]])
 
@@ -235,6 +238,7 @@ def test_memory_counts_every_byte() -> None:
         packed.page_counts,
         packed.tail_lengths,
         packed.sink_lengths,
+        packed.arrivals,
     ]
     assert packed.nbytes == sum(t.numel() * t.itemsize for t in tensors)
     assert packed.memory()["tail"] == 2 * 2 * 2 * 16 * 4 * (packed.tails_per_sequence[0] + 7)
@@ -308,7 +312,7 @@ def test_moving_copies_the_bookkeeping() -> None:
 def test_a_failing_pack_leaves_the_cache_as_it_was() -> None:
     packed = filled(OscarConfig.compact(), 300)
 
-    def fail(*args: object) -> Tensor:
+    def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):

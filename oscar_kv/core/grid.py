@@ -1,7 +1,7 @@
 """Uniform grids ``x ~ scale * code + zero`` fitted to groups (docs/how-it-works.md).
 
-``fit_minmax`` is the paper's grid. ``fit_unbiased`` chooses the codes by least squares and then
-undoes the shrinkage that least squares brings, so that regressing the reconstruction on ``x``
+``fit_minmax`` is the paper's grid. ``fit_unbiased`` chooses codes with a small squared error and
+then undoes the shrinkage that this brings, so that regressing the reconstruction on ``x``
 gives slope one. Metadata is rounded to its storage type *before* whatever depends on it, so that
 the codes and the corrections see the numbers that will be read. Scale and *middle* of a grid are
 what is stored (:mod:`oscar_kv.storage.layout`).
@@ -17,8 +17,10 @@ from torch import Tensor
 
 Rounding = Callable[[Tensor], Tensor]
 
-_SHRUNKEN_RANGES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.70, 0.64, 0.58, 0.52, 0.46)
-_REFITS = 2
+STEP_OVER_DEVIATION = 0.9957
+"""Step of the best uniform 2-bit grid for a normal distribution of deviation one."""
+SHARE_OF_RANGE = 0.95
+"""How much of the range of a group its 4-bit grid spans."""
 
 
 class Grid(NamedTuple):
@@ -69,7 +71,12 @@ def fit_minmax(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Grid
 
 
 def fit_unbiased(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Grid:
-    """Least-squares codes, then ``scale = var(x) / cov(x, code)``: no shrinkage on average.
+    """Near-optimal codes, then ``scale = var(x) / cov(x, code)``: no shrinkage on average.
+
+    The codes are those of a grid that suits normal data, which rotated states nearly are. A search
+    for a better one lowers the error by up to 3% and perplexity not at all (docs/decisions.md).
+    With four levels the grid follows the deviation of the group, its middle half way from the mean
+    to that of the range; with sixteen it follows the range.
 
     A constant group gets scale 0 and its mean.
 
@@ -78,14 +85,15 @@ def fit_unbiased(x: Tensor, dim: int, bits: int, round_metadata: Rounding) -> Gr
     levels = 2**bits - 1
     mean = x.mean(dim, keepdim=True)
     centred = x - mean
-    codes = _nearest_codes(centred, *_search_range(centred, dim, levels), levels)
-    for _ in range(_REFITS):
-        codes_mean = codes.mean(dim, keepdim=True)
-        covariance = (centred * codes).mean(dim, keepdim=True)
-        scale = covariance / _positive((codes - codes_mean).square().mean(dim, keepdim=True))
-        codes = _nearest_codes(centred, scale, -scale * codes_mean, levels)
-    covariance = (centred * codes).mean(dim, keepdim=True)
     variance = centred.square().mean(dim, keepdim=True)
+    low, high = torch.aminmax(centred, dim=dim, keepdim=True)
+    if bits == 2:
+        step, middle = STEP_OVER_DEVIATION * variance.sqrt(), (low + high) / 4
+    else:
+        step, middle = SHARE_OF_RANGE / levels * (high - low), (low + high) / 2
+    position = (centred - middle) / _positive(step)
+    codes = (position + levels / 2).round_().clamp_(0, levels)
+    covariance = (centred * codes).mean(dim, keepdim=True)
     scale = torch.where(covariance > 0, variance / _positive(covariance), 0.0)
     scale = round_metadata(scale)
     middle = round_metadata(mean - scale * (codes.mean(dim, keepdim=True) - levels / 2))
@@ -96,28 +104,6 @@ FITS: dict[str, Callable[[Tensor, int, int, Rounding], Grid]] = {
     "minmax": fit_minmax,
     "unbiased": fit_unbiased,
 }
-
-
-def _search_range(centred: Tensor, dim: int, levels: int) -> tuple[Tensor, Tensor]:
-    """(scale, zero) of the shrunken min-max range with the least squared error."""
-    low, high = torch.aminmax(centred, dim=dim, keepdim=True)
-    middle, full = (low + high) / 2, _positive((high - low) / levels)
-    position = (centred - middle) / full
-    best_error = torch.full_like(full, torch.inf)
-    best_ratio = torch.ones_like(full)
-    for ratio in _SHRUNKEN_RANGES:
-        # codes counted from the middle: -levels/2, ..., levels/2
-        nearest = (position / ratio + levels / 2).round_().clamp_(0, levels).sub_(levels / 2)
-        error = nearest.mul_(ratio).sub_(position).square_().sum(dim, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_ratio = torch.where(better, ratio, best_ratio)
-    scale = full * best_ratio
-    return scale, middle - scale * (levels / 2)
-
-
-def _nearest_codes(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-    return ((x - zero) / _positive(scale)).round_().clamp_(0, levels)
 
 
 def _positive(x: Tensor) -> Tensor:

@@ -70,6 +70,23 @@ def rotation_matrix(
         return matrix.to(dtype=dtype, device=device)
 
 
+@lru_cache(maxsize=32)
+def rotation_factors(head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """``R`` as a Kronecker product of two small matrices, the second of order 16 at most.
+
+    Two short products instead of one long one: a kernel's way to rotate a single row.
+
+    Returns:
+        float32 ``[a, a]`` and ``[b, b]`` with ``R = kron(first, second)``. Cached: do not write.
+    """
+    blocks, base, sylvester = factor(head_dim)
+    inner = min(sylvester, 16)
+    with torch.inference_mode(False), torch.device("cpu"):
+        outer = torch.kron(_base_hadamard(base), _sylvester(sylvester // inner))
+        outer = torch.block_diag(*[outer] * blocks) * (base * sylvester) ** -0.5
+        return outer.float().to(device), _sylvester(inner).float().to(device)
+
+
 def _rotation_like(x: Tensor) -> Tensor:
     return rotation_matrix(x.shape[-1], x.dtype, x.device)
 

@@ -80,6 +80,7 @@ def oscar_attention_forward(
             view.new_keys,
             view.new_values,
             scaling=scaling,
+            starts=view.starts,
             softcap=softcap,
             s_aux=s_aux,
             mask=attention_mask,

@@ -26,11 +26,13 @@ class AttentionView:
         new_keys: exact keys ``[B, H, Tq, D]`` of the new tokens, where some of them are already
             quantized in ``packed``.
         new_values: their values.
+        starts: int ``[B]``, first visible position of each sequence, where no mask tells.
     """
 
     packed: PackedKV
     new_keys: Tensor | None
     new_values: Tensor | None
+    starts: Tensor | None = None
     lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -35,10 +35,13 @@ class OscarLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, config: OscarConfig) -> None:
+    def __init__(self, config: OscarConfig, max_tokens: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.max_tokens = max_tokens
         self.packed: PackedKV | None = None
+        self.starts: Tensor | None = None
+        """int32 ``[B]``: first visible positions, for steps without a mask."""
 
     @property
     def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -63,8 +66,8 @@ class OscarLayer(CacheLayerMixin):
             return stored
         packed = self.packed
         stored = append(packed, key_states, value_states)
-        in_tail = key_states.shape[2] <= min(packed.tails_per_sequence)
-        view = AttentionView(packed, *((None, None) if in_tail else stored))
+        in_tail = key_states.shape[2] <= packed.fewest_tail_tokens
+        view = AttentionView(packed, *((None, None) if in_tail else stored), self.starts)
         return LazyStates.pair(view)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -85,7 +88,7 @@ class OscarLayer(CacheLayerMixin):
             self.packed = self.packed.to(self.device)
 
     def reset(self) -> None:
-        self.packed, self.is_initialized = None, False
+        self.packed, self.is_initialized, self.starts = None, False, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest ``-tokens_to_remove`` tokens; see :meth:`PackedKV.crop`.
@@ -126,6 +129,7 @@ class OscarLayer(CacheLayerMixin):
             value_head_dim=None if value_dim == head_dim else value_dim,
             dtype=key_states.dtype,
             device=key_states.device,
+            max_tokens=self.max_tokens,
         )
 
     def adopt(self, packed: PackedKV) -> None:
@@ -143,6 +147,8 @@ class OscarCache(Cache):
     Args:
         model_config: ``model.config``.
         config: ``OscarConfig.compact()`` if omitted.
+        max_tokens: makes room for sequences of this length up front; memory grows as needed if
+            omitted.
         offloading: keep layers in CPU memory while other layers compute.
 
     Raises:
@@ -155,6 +161,7 @@ class OscarCache(Cache):
         model_config: PreTrainedConfig,
         config: OscarConfig | None = None,
         *,
+        max_tokens: int | None = None,
         offloading: bool = False,
     ) -> None:
         if not isinstance(model_config, PreTrainedConfig):
@@ -166,6 +173,8 @@ class OscarCache(Cache):
             raise TypeError(f"config is a {type(config).__name__}: expected an OscarConfig")
         if getattr(model_config, "dtype", None) == torch.float64:
             raise TypeError("the model is float64: expected float16, bfloat16 or float32")
+        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+            raise ValueError(f"max_tokens={max_tokens!r}: expected a positive integer")
         layers: list[Any] = []
         for layer, layer_config in cache_layers(model_config):
             if not is_quantized(layer):
@@ -173,7 +182,7 @@ class OscarCache(Cache):
                 continue
             if head_dim := _head_dim(layer_config):
                 PageLayout(self.config, head_dim, 1)  # raises for a size without a layout
-            layers.append(OscarLayer(self.config))
+            layers.append(OscarLayer(self.config, max_tokens))
         super().__init__(layers=layers, offloading=offloading)
         self._torn = False
 
@@ -217,6 +226,35 @@ class OscarCache(Cache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         # one transfer here, not one per layer
         super().reorder_cache(cast(torch.LongTensor, beam_idx.cpu()))
+
+    def reserve(self, tokens: int) -> None:
+        """Sets memory aside for ``tokens`` more tokens; see :meth:`PackedKV.reserve`.
+
+        Raises:
+            ValueError: before the prompt, or for a model with layers that are not quantized.
+        """
+        for packed in self._packed_layers():
+            packed.reserve(tokens)
+
+    def advance(self, tokens: int) -> None:
+        """Counts tokens that were appended on the device alone; see :meth:`PackedKV.advance`."""
+        for packed in self._packed_layers():
+            packed.advance(tokens)
+
+    def _packed_layers(self) -> list[PackedKV]:
+        layers = [layer for layer in self.layers if isinstance(layer, OscarLayer)]
+        if len(layers) < len(self.layers):
+            others = sorted({type(x).__name__ for x in self.layers if x not in layers})
+            raise ValueError(f"only for models whose layers are all quantized, not {others}")
+        packed = [layer.packed for layer in layers if layer.packed is not None]
+        if len(packed) < len(layers):
+            raise ValueError("the cache is empty: run the prompt first")
+        return packed
+
+    @property
+    def stored_as_zeros(self) -> Tensor:
+        """int32 scalar on the device: how often NaN or Inf was stored as zeros by a kernel."""
+        return torch.cat([packed.nonfinite for packed in self._packed_layers()]).sum()
 
     def memory(self) -> dict[str, int]:
         """Bytes allocated by kind, summed over layers.

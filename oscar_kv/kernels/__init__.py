@@ -32,7 +32,12 @@ def pack(keys: Tensor, values: Tensor, layout: PageLayout) -> Tensor:
     Returns:
         uint8 ``[N, H, page_bytes]``.
     """
-    return choose(layout, keys.device)[0].operations.pack(keys, values, layout)
+    shape = (keys.shape[0], layout.num_kv_heads, layout.page_bytes)
+    pages = torch.empty(shape, dtype=torch.uint8, device=keys.device)
+    ids = torch.arange(keys.shape[0], dtype=torch.int32, device=keys.device)
+    operations = choose(layout, keys.device)[0].operations
+    operations.pack_into(pages, ids, keys, values, layout, pages=1)
+    return pages
 
 
 def unpack(

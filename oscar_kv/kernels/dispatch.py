@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from oscar_kv.kernels import reference
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
@@ -21,7 +23,16 @@ ENVIRONMENT_VARIABLE = "OSCAR_KV_BACKEND"
 class Operations(Protocol):
     """What a backend module provides; :mod:`oscar_kv.kernels.reference` defines the meaning."""
 
-    def pack(self, keys: Tensor, values: Tensor, layout: PageLayout) -> Tensor: ...
+    def pack_into(
+        self,
+        pool: Tensor,
+        page_ids: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        layout: PageLayout,
+        *,
+        pages: int,
+    ) -> None: ...
 
     def unpack(
         self, pages: Tensor, layout: PageLayout, dtype: torch.dtype
@@ -49,17 +60,39 @@ class Backend:
     """A named implementation of :class:`Operations`.
 
     Attributes:
+        module: the module with the operations, imported when it is first needed.
         unsupported: why this backend cannot serve a layout on a device, ``None`` if it can.
     """
 
     name: str
-    operations: Operations
+    module: str
     unsupported: Callable[[PageLayout, torch.device], str | None]
+
+    @cached_property
+    def operations(self) -> Operations:
+        return cast(Operations, import_module(self.module))
+
+
+def _not_for_triton(layout: PageLayout, device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu" and os.environ.get(ENVIRONMENT_VARIABLE) == "triton":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "on a CPU it needs TRITON_INTERPRET=1"
+    elif device.type != "cuda" or torch.version.hip:
+        return f"needs an NVIDIA GPU, not {device.type}"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0 or more"
+    for name, channels in (("head_dim", layout.head_dim), ("value_head_dim", layout.value_dim)):
+        if channels % 16 or channels > 256:
+            return f"{name}={channels}: takes multiples of 16 up to 256"
+    return None
 
 
 # In order of preference; the reference takes everything and comes last.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("reference", cast(Operations, reference), lambda layout, device: None),
+    Backend("triton", "oscar_kv.kernels.triton_backend", _not_for_triton),
+    Backend("reference", "oscar_kv.kernels.reference", lambda layout, device: None),
 )
 
 

@@ -27,7 +27,7 @@ _BLOCK_ELEMENTS = 1 << 20
 # Query rows per KV head from which dequantizing a block beats folding its grid.
 _MANY_ROWS = 32
 
-pack = codec.encode_pages
+pack_into = codec.encode_into
 unpack = codec.decode_pages
 
 
@@ -35,7 +35,7 @@ def append(
     packed: PackedKV, keys: Tensor, values: Tensor, lengths: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`oscar_kv.kernels.append`."""
-    return packed.append(keys, values, lengths=lengths, pack=pack)
+    return packed.append(keys, values, lengths=lengths, pack=pack_into)
 
 
 def attend(

@@ -13,7 +13,7 @@ from oscar_kv.config import OscarConfig
 from oscar_kv.storage.layout import PageLayout
 
 _LARGEST = 65504.0  # of float16
-_LARGEST_UNIT = 2.0**120
+_LARGEST_VALUE = 2.0**66  # 64 times the largest unit of a page
 
 
 def check_states(
@@ -69,15 +69,14 @@ def require_storable(
     """Raises ValueError if a token that counts has NaN or Inf, or is too large for its metadata.
 
     Token scales are float16: the norm of a key (over all heads where they share it, over
-    ``sqrt(D)`` with FP8 metadata) may be at most 65504, and with FP16 metadata a value, too.
+    ``sqrt(D)`` with FP8 metadata) may be at most 65504, a value at most 2**66.
     """
     norm = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
     if config.token_scale == "cross_head":
         norm = torch.linalg.vector_norm(norm, dim=1, keepdim=True)
     peak = values.abs().amax(-1).float()
     per_head = keys.shape[-1] ** 0.5 if config.metadata == "fp8" else 1.0
-    largest_value = _LARGEST if config.metadata == "fp16" else _LARGEST_UNIT
-    storable = (norm <= _LARGEST * per_head) & (peak <= largest_value)  # False for NaN
+    storable = (norm <= _LARGEST * per_head) & (peak <= _LARGEST_VALUE)  # False for NaN
     tokens = torch.arange(keys.shape[2], device=keys.device)
     bad = ~storable & (tokens < torch.tensor(counts, device=keys.device).view(-1, 1, 1))
     if bad.any():

@@ -21,6 +21,8 @@ _CHUNK_ELEMENTS = 1 << 18
 # The largest value of a page is brought to (64, 128]: the zero of a corrected grid may lie
 # outside the data, and E4M3 ends at 448.
 _VALUE_PEAK = 128.0
+# Within these, kernels may carry a page's unit in the exponent of a float32 softmax.
+_UNIT_RANGE = (2.0**-60, 2.0**60)
 
 _ROUNDING = {"fp8": round_fp8, "fp16": round_fp16}
 
@@ -69,10 +71,7 @@ def quantize_values(values: Tensor, layout: PageLayout) -> QuantizedValues:
     """Quantizes rotated values, float32 ``[N, H, 128, E]``, token by token."""
     config = layout.config
     peak = values.abs().amax((-2, -1), keepdim=True)
-    if config.metadata == "fp8":
-        unit = torch.exp2(torch.ceil(torch.log2(peak / _VALUE_PEAK))).clamp(2.0**-126, 2.0**126)
-    else:
-        unit = torch.ones_like(peak)
+    unit = torch.exp2(torch.ceil(torch.log2(peak / _VALUE_PEAK))).clamp(*_UNIT_RANGE)
     groups = (-1, layout.value_group)
     grid = FITS[config.fit](
         (values / unit).unflatten(-1, groups), -1, config.value_bits, _ROUNDING[config.metadata]
@@ -99,6 +98,33 @@ def encode_pages(keys: Tensor, values: Tensor, layout: PageLayout) -> Tensor:
         _write_keys(pages[chunk], quantize_keys(rotate(keys[chunk].float()), layout), layout)
         _write_values(pages[chunk], quantize_values(rotate(values[chunk].float()), layout), layout)
     return pages
+
+
+def encode_into(
+    pool: Tensor,
+    page_ids: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: PageLayout,
+    *,
+    pages: int,
+) -> None:
+    """Packs the first ``pages`` pages of every sequence into a pool.
+
+    Args:
+        pool: uint8 ``[capacity, H, page_bytes]``.
+        page_ids: int32 ``[B * pages]``; page ``i`` of sequence ``b`` becomes
+            ``page_ids[b * pages + i]``.
+        keys: ``[B, H, T, D]`` with ``T >= 128 pages``.
+        values: ``[B, H, T, E]``.
+        layout: the page layout.
+    """
+
+    def whole_pages(states: Tensor) -> Tensor:
+        split = states[:, :, : pages * PAGE_TOKENS].unflatten(2, (pages, PAGE_TOKENS))
+        return split.transpose(1, 2).flatten(0, 1)
+
+    pool[page_ids] = encode_pages(whole_pages(keys), whole_pages(values), layout)
 
 
 def decode_pages(
@@ -170,8 +196,6 @@ def value_grid(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
 
 def value_units(pages: Tensor, layout: PageLayout) -> Tensor:
     """Value units of ``pages``: float32 ``[N, H, 1]``."""
-    if "value_unit" not in layout.fields:
-        return pages.new_ones((*pages.shape[:-1], 1), dtype=torch.float32)
     return layout.field(pages, "value_unit")
 
 
@@ -211,8 +235,7 @@ def _write_values(pages: Tensor, values: QuantizedValues, layout: PageLayout) ->
     parts = (grid.scale, _storable(middle, layout))
     by_slots = torch.stack([by_slot(part.squeeze(-1).mT) for part in parts], -1)
     layout.field(pages, "value_grid").copy_(by_slots)
-    if "value_unit" in layout.fields:
-        layout.field(pages, "value_unit").copy_(values.unit.flatten(2))
+    layout.field(pages, "value_unit").copy_(values.unit.flatten(2))
 
 
 def _join_planes(codes: Tensor, planes_dim: int, bits: int) -> Tensor:

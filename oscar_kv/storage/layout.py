@@ -25,8 +25,8 @@ as it stands, whatever the head size; where E is no multiple of 16 the last bloc
 A 16-bit word holds eight 2-bit planes, plane ``p`` in bits ``2 p`` and ``2 p + 1``. 4-bit codes are
 two sets of planes: the low two bits, then the high two.
 
-What is stored per token lies in the order of *slots* (:func:`by_slot`): token ``32 j + 16 e + w`` has
-slot ``32 j + 2 w + e``, so that the entries of two planes share a 32-bit word, one load for both. With
+What is stored per token lies in the order of *slots* (:func:`by_slot`): token ``16 p + w`` has slot
+``8 w + p``, so that what belongs to one row of all planes is contiguous. With
 a token scale shared across heads, the page of head ``h`` holds slots ``h n .. h n + n - 1``,
 ``n = 2 ceil(64 / H)``.
 A page is padded to a multiple of 128 bytes, so that bytes per token are whole.
@@ -141,8 +141,6 @@ class PageLayout:
             "value_grid": ((value_groups, PAGE_TOKENS, 2), metadata),
             "value_unit": ((1,), torch.float32),
         }
-        if config.metadata == "fp16":
-            del shapes["value_unit"]  # fp16 has the range; the unit is one
         fields, offset = {}, 0
         for name, (shape, dtype) in shapes.items():
             fields[name] = Field(offset, shape, dtype)
@@ -175,12 +173,12 @@ class PageLayout:
 
 def by_token(entries: Tensor) -> Tensor:
     """``[..., 128]`` from the order of slots to that of tokens."""
-    return entries.unflatten(-1, (-1, TILE, 2)).mT.flatten(-3)
+    return entries.unflatten(-1, (TILE, PLANES)).mT.flatten(-2)
 
 
 def by_slot(entries: Tensor) -> Tensor:
     """``[..., 128]`` from the order of tokens to that of slots: undoes :func:`by_token`."""
-    return entries.unflatten(-1, (-1, 2, TILE)).mT.flatten(-3)
+    return entries.unflatten(-1, (PLANES, TILE)).mT.flatten(-2)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -6,7 +6,9 @@ of 128 quantized tokens, and a full-precision tail. The tail holds ``recent_toke
 Each token is quantized once.
 
 Lengths are kept twice: as device tensors for the kernels and as Python integers for bookkeeping,
-so that nothing here waits for the device, but for the check that ``check_finite`` asks for.
+so that nothing here waits for the device, but for the check that ``check_finite`` asks for. Once
+:meth:`PackedKV.reserve` has set pages aside, decode steps need no host at all: a CUDA graph can
+replay them, and :meth:`PackedKV.advance` brings the integers up to date.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from oscar_kv.storage.checks import (
     require_storable,
     zero_nonfinite,
 )
-from oscar_kv.storage.codec import decode_pages, encode_pages
+from oscar_kv.storage.codec import decode_pages, encode_into
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.ownership import owns_tensors
 from oscar_kv.storage.pool import PagePool
 from oscar_kv.storage.sequence import SequenceState, group_by_shape
-from oscar_kv.storage.write import PackFunction, Write, plan_write
+from oscar_kv.storage.write import PackFunction, StepFunction, Write, plan_write
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -49,6 +51,7 @@ class PackedKV:
         value_head_dim: value channels, E; ``head_dim`` if omitted.
         dtype: of the full-precision tokens: float16, bfloat16 or float32.
         device: where everything lives.
+        max_tokens: makes room for sequences of this length; the pool grows as needed if omitted.
 
     Raises:
         ValueError: for sizes that have no page layout.
@@ -66,6 +69,7 @@ class PackedKV:
         value_head_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        max_tokens: int | None = None,
     ) -> None:
         if not isinstance(config, OscarConfig):
             raise TypeError(f"config is a {type(config).__name__}: expected an OscarConfig")
@@ -78,6 +82,8 @@ class PackedKV:
         self.dtype = dtype
         device = torch.device(device)
         self.pool = PagePool(self.layout, device)
+        if max_tokens is not None:
+            self.pool.make_room(batch_size * self._pages_at(max_tokens))
         self._sequences = [SequenceState() for _ in range(batch_size)]
 
         def full_precision(tokens: int, channels: int) -> Tensor:
@@ -100,6 +106,10 @@ class PackedKV:
         """int32 ``[B]``: tokens in the tail of each sequence."""
         self.sink_lengths = torch.zeros_like(self.page_counts)
         """int32 ``[B]``: full-precision first tokens of each sequence."""
+        self.arrivals = torch.zeros_like(self.page_counts)
+        """int32 ``[B]``: scratch of kernels that append, zeros between launches."""
+        self.nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
+        """int32 ``[1]``: how often such a kernel has stored zeros for NaN or Inf."""
 
     # -- what is stored ---------------------------------------------------------------------
 
@@ -139,6 +149,32 @@ class PackedKV:
         return [sequence.tail for sequence in self._sequences]
 
     @property
+    def most_pages(self) -> int:
+        """Pages that a sequence has, or may have before the host hears of it."""
+        return max(len(s.pages) + len(s.reserved) for s in self._sequences)
+
+    @property
+    def most_tail_tokens(self) -> int:
+        """Likewise, tokens in the tail."""
+        return self.tail_keys.shape[2] if self._has_reserved else max(self.tails_per_sequence)
+
+    @property
+    def fewest_tail_tokens(self) -> int:
+        """The fewest tokens in a tail, or that may be in one before the host hears of it."""
+        fewest = min(self.tails_per_sequence)
+        return min(fewest, self.config.recent_tokens) if self._has_reserved else fewest
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens that every sequence can still take from :meth:`reserve`."""
+        return min(
+            PAGE_TOKENS * len(s.reserved)
+            + (self.config.recent_tokens + PAGE_TOKENS - 1 - s.tail)
+            + (self.config.sink_tokens - s.sinks)
+            for s in self._sequences
+        )
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, unused capacity included."""
         return sum(self.memory().values())
@@ -151,12 +187,13 @@ class PackedKV:
         block table and lengths, ``unused`` for allocated pages and tail slots that hold nothing.
         """
         heads = self.layout.num_kv_heads
-        kinds = {k: v * heads * self.pool.used for k, v in self.layout.bytes_by_kind().items()}
+        written = self.pool.used - sum(len(s.reserved) for s in self._sequences)
+        kinds = {k: v * heads * written for k, v in self.layout.bytes_by_kind().items()}
         token = heads * (self.layout.head_dim + self.layout.value_dim) * self.dtype.itemsize
         tail = token * sum(s.sinks + s.tail for s in self._sequences)
         slots = token * self.batch_size * (self.tail_keys.shape[2] + self.sink_keys.shape[2])
-        free_pages = (self.pool.capacity - self.pool.used) * heads * self.layout.page_bytes
-        tables = (self.block_table, self.page_counts, self.tail_lengths, self.sink_lengths)
+        free_pages = (self.pool.capacity - written) * heads * self.layout.page_bytes
+        tables = (getattr(self, name) for name in _TABLES)
         return {
             **kinds,
             "tail": tail,
@@ -208,7 +245,7 @@ class PackedKV:
         values: Tensor,
         *,
         lengths: Sequence[int] | None = None,
-        pack: PackFunction = encode_pages,
+        pack: PackFunction = encode_into,
     ) -> tuple[Tensor, Tensor]:
         """Adds new tokens to every sequence. On an error nothing has changed.
 
@@ -217,7 +254,7 @@ class PackedKV:
             values: ``[B, H, T, E]``.
             lengths: how many of the T tokens of each sequence count, from the left; all if
                 omitted.
-            pack: turns whole pages of tokens into bytes, as :func:`encode_pages` does.
+            pack: packs whole pages into the pool, as :func:`encode_into` does.
 
         Returns:
             The keys and values that were stored: those given, but for tokens made zero because
@@ -228,28 +265,106 @@ class PackedKV:
                 ``config.check_finite`` is set.
             TypeError: for another dtype than the cache's.
         """
-        tokens = check_states(
-            {"keys": keys, "values": values},
-            {"keys": self.layout.head_dim, "values": self.layout.value_dim},
-            self.batch_size,
-            self.layout.num_kv_heads,
-            self.dtype,
-            self.device,
-        )
-        counts = check_lengths(lengths, self.batch_size, tokens)
+        counts = self._checked_counts(keys, values, lengths)
         if self.config.check_finite:
             require_storable(keys, values, counts, self.config)
         else:
             keys, values = zero_nonfinite(keys, values)
+        self._release_reserved()
         groups = group_by_shape(self._sequences, self.device, counts)
-        writes = [plan_write(self, group, keys, values, pack) for group in groups]
-        self._widen_table(max(len(w.group.sample.pages) + w.new_pages for w in writes))
-        new_pages = [write.pages.flatten(0, 1) for write in writes if write.pages is not None]
-        ids = self.pool.add(torch.cat(new_pages)) if new_pages else []
-        for write in writes:
-            ids = self._commit(write, ids)
+        writes = [plan_write(self, group, keys, values) for group in groups]
+        self._widen_table(max(len(w.group.sample.pages) + w.pages for w in writes))
+        ids = self.pool.allocate(sum(write.new_pages for write in writes))
+        where = torch.tensor(ids, dtype=torch.int32, device=self.device)
+        packed = where.split([write.new_pages for write in writes])
+        try:
+            for write, page_ids in zip(writes, packed):
+                if write.pages:
+                    pack(self.pool.data, page_ids, *write.whole, self.layout, pages=write.pages)
+        except BaseException:
+            self.pool.release(ids)
+            raise
+        for write, page_ids in zip(writes, packed):
+            ids = self._commit(write, page_ids, ids)
         self._sync_lengths()
         return keys, values
+
+    @owns_tensors
+    def append_step(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        step: StepFunction,
+        *,
+        lengths: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`append`, by a kernel that decides from the lengths on the device.
+
+        While a CUDA graph is captured nothing is checked and the host's lengths stay: replay the
+        graph, then call :meth:`advance`. Tokens with NaN or Inf are stored as zeros by the kernel,
+        which counts them in `nonfinite`; outside of a capture ``check_finite`` refuses them first.
+
+        Args:
+            keys: ``[B, H, T, D]``, T small enough for the kernel and at most 128.
+            values: ``[B, H, T, E]``.
+            step: ``step(packed, keys, values, counts)``, which writes tokens, pages and lengths on
+                the device; ``counts`` is int32 ``[B]`` or None if all T count.
+            lengths: as in :meth:`append`.
+        """
+        counts = self._checked_counts(keys, values, lengths)
+        uniform = min(counts) == keys.shape[2]
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if not uniform:
+                raise ValueError("lengths: expected none while a CUDA graph is captured")
+            step(self, keys, values, None)
+            return keys, values
+        if self.config.check_finite:
+            require_storable(keys, values, counts, self.config)
+        for row, (sequence, count) in enumerate(zip(self._sequences, counts)):
+            missing = self._pages_after(sequence, count) - len(sequence.pages + sequence.reserved)
+            if missing > 0:
+                self._widen_table(len(sequence.pages) + missing)
+                sequence.reserved += tuple(self.pool.allocate(missing))
+                self.block_table[row, len(sequence.pages)].fill_(sequence.reserved[0])
+        numbers = None if uniform else torch.tensor(counts, dtype=torch.int32, device=self.device)
+        step(self, keys, values, numbers)
+        self._advance(counts)
+        if not self.config.check_finite and keys.shape[2] > self.config.recent_tokens:
+            return zero_nonfinite(keys, values)
+        return keys, values
+
+    @owns_tensors
+    def reserve(self, tokens: int) -> None:
+        """Sets pages aside so that every sequence can take ``tokens`` more in steps.
+
+        From then on the steps move no memory and need nothing from the host, as a CUDA graph asks.
+        A prompt, a rollback or a selection gives up what is left.
+
+        Raises:
+            ValueError: for a negative number.
+        """
+        if tokens < 0:
+            raise ValueError(f"tokens={tokens}: expected a number >= 0")
+        wanted = [self._pages_after(s, tokens) - len(s.pages + s.reserved) for s in self._sequences]
+        ids = self.pool.allocate(sum(max(0, missing) for missing in wanted))
+        for sequence, missing in zip(self._sequences, wanted):
+            count = max(0, missing)
+            sequence.reserved += tuple(ids[:count])
+            ids = ids[count:]
+        width = self.most_pages
+        self._widen_table(width)
+        rows = [(list(s.pages + s.reserved) + [0] * width)[:width] for s in self._sequences]
+        self.block_table[:, :width] = torch.tensor(rows, dtype=torch.int32).to(self.device)
+
+    def advance(self, tokens: int) -> None:
+        """Brings the host's lengths up to date after ``tokens`` were appended on the device.
+
+        Raises:
+            ValueError: if that is more than was reserved.
+        """
+        if not 0 <= tokens <= self.reserved_tokens:
+            raise ValueError(f"tokens={tokens}: {self.reserved_tokens} are reserved")
+        self._advance([tokens] * self.batch_size)
 
     @owns_tensors
     def crop(self, lengths: int | Sequence[int]) -> None:
@@ -263,6 +378,7 @@ class PackedKV:
             ValueError: if a sequence has fewer tokens.
         """
         each = lengths if isinstance(lengths, Sequence) else [lengths] * self.batch_size
+        self._release_reserved()
         wanted = as_integers("lengths", each)
         if len(wanted) != self.batch_size or any(
             not 0 <= new <= old for new, old in zip(wanted, self.lengths)
@@ -295,6 +411,7 @@ class PackedKV:
         rows = as_integers("rows", rows)
         if not rows or any(not 0 <= row < self.batch_size for row in rows):
             raise ValueError(f"rows={rows!r}: expected indices below {self.batch_size}")
+        self._release_reserved()
         chosen = [self._sequences[row] for row in rows]
         for sequence in chosen:
             self.pool.hold(sequence.pages)
@@ -313,10 +430,11 @@ class PackedKV:
     def to(self, device: torch.device | str) -> PackedKV:
         """A batch of the same sequences on ``device``. Do not append to both: tensors that are
         there already are shared."""
+        self._release_reserved()
         moved = copy.copy(self)
         moved._sequences = [replace(sequence) for sequence in self._sequences]
         moved.pool = self.pool.to(device)
-        for name in _BATCHED:
+        for name in (*_BATCHED, "nonfinite"):
             setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
         return moved
 
@@ -368,7 +486,49 @@ class PackedKV:
 
     # -- inside -----------------------------------------------------------------------------
 
-    def _commit(self, write: Write, ids: list[int]) -> list[int]:
+    def _checked_counts(
+        self, keys: Tensor, values: Tensor, lengths: Sequence[int] | None
+    ) -> list[int]:
+        tokens = check_states(
+            {"keys": keys, "values": values},
+            {"keys": self.layout.head_dim, "values": self.layout.value_dim},
+            self.batch_size,
+            self.layout.num_kv_heads,
+            self.dtype,
+            self.device,
+        )
+        return check_lengths(lengths, self.batch_size, tokens)
+
+    def _pages_at(self, length: int) -> int:
+        """Pages of a sequence of this length that has only grown."""
+        packed = length - self.config.sink_tokens - self.config.recent_tokens
+        return max(0, packed) // PAGE_TOKENS
+
+    def _pages_after(self, sequence: SequenceState, tokens: int) -> int:
+        """Pages of ``sequence`` once ``tokens`` more have come in steps."""
+        tail = sequence.tail + tokens - min(tokens, self.config.sink_tokens - sequence.sinks)
+        return len(sequence.pages) + max(0, tail - self.config.recent_tokens) // PAGE_TOKENS
+
+    def _advance(self, counts: Sequence[int]) -> None:
+        for sequence, count in zip(self._sequences, counts):
+            new_pages = self._pages_after(sequence, count) - len(sequence.pages)
+            sinks = min(count, self.config.sink_tokens - sequence.sinks)
+            sequence.sinks += sinks
+            sequence.tail += count - sinks - PAGE_TOKENS * new_pages
+            sequence.pages += sequence.reserved[:new_pages]
+            sequence.reserved = sequence.reserved[new_pages:]
+
+    @property
+    def _has_reserved(self) -> bool:
+        """Whether kernels may be ahead of the host's lengths."""
+        return any(sequence.reserved for sequence in self._sequences)
+
+    def _release_reserved(self) -> None:
+        for sequence in self._sequences:
+            self.pool.release(sequence.reserved)
+            sequence.reserved = ()
+
+    def _commit(self, write: Write, page_ids: Tensor, ids: list[int]) -> list[int]:
         """Writes one planned append; returns the page ids that remain for the others."""
         rows, before = write.group.rows, write.group.sample
         sinks = write.sinks[0].shape[2]
@@ -378,16 +538,15 @@ class PackedKV:
         end = write.tail_begin + write.tail[0].shape[2]
         target = slice(write.tail_begin, end)
         self.tail_keys[rows, :, target], self.tail_values[rows, :, target] = write.tail
-        if write.pages is not None:
-            count, complete = write.pages.shape[:2]
+        if write.pages:
             first = len(before.pages)
-            new = torch.tensor(ids[: count * complete], dtype=torch.int32, device=self.device)
-            self.block_table[rows, first : first + complete] = new.view(count, complete)
+            target = slice(first, first + write.pages)
+            self.block_table[rows, target] = page_ids.view(-1, write.pages)
         for sequence in write.group.sequences:
             sequence.sinks += sinks
             sequence.tail = end
-            sequence.pages += tuple(ids[: write.new_pages])
-            ids = ids[write.new_pages :]
+            sequence.pages += tuple(ids[: write.pages])
+            ids = ids[write.pages :]
         return ids
 
     def _widen_table(self, width: int) -> None:
@@ -410,13 +569,5 @@ class PackedKV:
                 tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
 
 
-_BATCHED = (
-    "tail_keys",
-    "tail_values",
-    "sink_keys",
-    "sink_values",
-    "block_table",
-    "page_counts",
-    "tail_lengths",
-    "sink_lengths",
-)
+_TABLES = ("block_table", "page_counts", "tail_lengths", "sink_lengths", "arrivals")
+_BATCHED = ("tail_keys", "tail_values", "sink_keys", "sink_values", *_TABLES)

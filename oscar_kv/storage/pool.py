@@ -38,17 +38,24 @@ class PagePool:
         """Pages in use, each counted once however many sequences hold it."""
         return self.capacity - len(self._free)
 
-    def add(self, pages: Tensor) -> list[int]:
-        """Stores new pages (uint8 ``[n, H, page_bytes]``), each with one holder; returns ids."""
-        count = pages.shape[0]
+    def make_room(self, pages: int) -> None:
+        """Allocates so that ``pages`` pages fit without growing."""
+        if pages > self.capacity:
+            self._grow(pages)
+
+    def allocate(self, count: int) -> list[int]:
+        """Ids of ``count`` pages to be written, each with one holder."""
         if count > len(self._free):
             self._grow(self.used + count)
         ids = [self._free.pop() for _ in range(count)]
-        if count:
-            contiguous = ids == list(range(ids[0], ids[0] + count))
-            target = slice(ids[0], ids[0] + count) if contiguous else self._index(ids)
-            self.data[target] = pages
         self._holders.update(ids)
+        return ids
+
+    def add(self, pages: Tensor) -> list[int]:
+        """Stores new pages (uint8 ``[n, H, page_bytes]``), each with one holder; returns ids."""
+        ids = self.allocate(pages.shape[0])
+        if ids:
+            self.data[torch.tensor(ids, device=self.data.device)] = pages
         return ids
 
     def hold(self, ids: Iterable[int]) -> None:
@@ -77,6 +84,3 @@ class PagePool:
         data[:old] = self.data
         self.data = data
         self._free[:0] = range(capacity - 1, old - 1, -1)
-
-    def _index(self, ids: list[int]) -> Tensor:
-        return torch.tensor(ids, device=self.data.device)

@@ -19,6 +19,8 @@ class SequenceState:
     pages: tuple[int, ...] = ()
     """Ids in the pool, oldest first."""
     tail: int = 0
+    reserved: tuple[int, ...] = ()
+    """Ids in the pool of the pages to come, where the sequence may grow without the host."""
 
     @property
     def length(self) -> int:

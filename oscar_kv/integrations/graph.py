@@ -1,0 +1,124 @@
+"""Decode steps of a whole model as a CUDA graph: no Python, no launches, no waiting per token.
+
+    cache = OscarCache(model.config)
+    logits = model(prompt, past_key_values=cache).logits[:, -1]
+    cache.reserve(1000)
+    step = DecodeGraph(model, cache)
+    for _ in range(1000):
+        ids = logits.argmax(-1, keepdim=True)
+        logits = step(ids)
+
+The cache decides on the device when a page is complete, so one graph serves every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oscar_kv.integrations.transformers import OscarCache
+
+
+class DecodeGraph:
+    """One decode step of a model over a cache that holds the prompt.
+
+    The first call runs the step as it is, which compiles its kernels, and captures it; later calls
+    replay it.
+
+    Args:
+        model: a causal language model on a CUDA device; with an :class:`OscarCache` its attention
+            has to be ``"oscar"``.
+        cache: holds the prompt, and has room for what is to come (``reserve``). Other caches than
+            ours need an ``update`` that a graph can capture, and ``advance(tokens)``.
+        starts: int ``[B]``, tokens of left padding of each sequence, if there is any.
+
+    Raises:
+        ValueError: if the model or the cache cannot be captured.
+    """
+
+    def __init__(self, model: Any, cache: Any, *, starts: Tensor | None = None) -> None:
+        if model.device.type != "cuda":
+            raise ValueError(f"the model is on {model.device}: a CUDA graph needs a CUDA device")
+        if isinstance(cache, OscarCache):
+            if model.config._attn_implementation != "oscar":
+                raise ValueError(
+                    f"attn_implementation={model.config._attn_implementation!r}: expected "
+                    '"oscar", which reads lengths on the device'
+                )
+            for packed in cache._packed_layers():
+                if (
+                    packed.layout.config.token_scale == "cross_head"
+                    and packed.config.fit != "minmax"
+                ):
+                    raise ValueError('token_scale="cross_head" with fit="unbiased": no kernel')
+        self.model, self.cache = model, cache
+        self.starts = None if starts is None else starts.to(model.device, torch.int32)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._ids: Tensor
+        self._positions: Tensor
+        self._logits: Tensor
+        self._zeros: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The logits ``[B, vocabulary]`` that follow ``ids``, int ``[B, 1]``, which are appended.
+
+        The result is overwritten by the next call.
+
+        Raises:
+            ValueError: if the cache has no room left.
+        """
+        if self._graph is None:
+            return self._first(ids)
+        self.cache.advance(1)
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._logits
+
+    def require_finite(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            ValueError: if keys or values held NaN or Inf; these tokens were stored as zeros.
+        """
+        if self._zeros is not None and (count := int(self._zeros)):
+            raise ValueError(
+                f"keys or values of {count} tokens (per layer and KV head) held NaN or Inf and were "
+                "stored as zeros"
+            )
+
+    def _first(self, ids: Tensor) -> Tensor:
+        length = self.cache.get_seq_length()
+        self._ids = ids.clone()
+        self._positions = torch.full_like(ids, length)
+        if self.starts is not None:
+            self._positions -= self.starts[:, None]
+        if isinstance(self.cache, OscarCache):
+            for layer in self.cache.layers:
+                layer.starts = self.starts
+        side = torch.cuda.Stream(self.model.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            logits = self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._step()
+            if isinstance(self.cache, OscarCache):
+                self._zeros = self.cache.stored_as_zeros
+        self._graph = graph
+        return logits
+
+    def _step(self) -> Tensor:
+        """What is captured: the step, and the positions of the next one."""
+        output = self.model(
+            self._ids,
+            position_ids=self._positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._positions += 1
+        return output.logits[:, -1]

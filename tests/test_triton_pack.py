@@ -1,0 +1,277 @@
+"""The Triton kernels that write pages and read them back, against what a page means.
+
+Pages are read with :mod:`oscar_kv.storage.codec`, so these tests hold on a GPU and in Triton's
+interpreter alike; there bfloat16 matrix products are wrong, so it is left to the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from states import KINDS, slope, states
+from torch import Tensor
+
+from oscar_kv import OscarConfig
+from oscar_kv.kernels.triton_append import append
+from oscar_kv.kernels.triton_pack import pack_into
+from oscar_kv.kernels.triton_unpack import unpack
+from oscar_kv.storage import codec
+from oscar_kv.storage.layout import PageLayout
+from oscar_kv.storage.packed import PackedKV
+
+# NaN and Inf are part of the tests, and the interpreter computes with NumPy.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+MINMAX: dict[str, Any] = {"fit": "minmax", "token_scale": "cross_head"}
+
+CASES: dict[str, tuple[OscarConfig, int, int]] = {
+    "compact": (OscarConfig.compact(), 64, 64),
+    "quality": (OscarConfig.quality(), 128, 128),
+    "high": (OscarConfig.high(), 64, 64),
+    "paper": (OscarConfig.paper(), 64, 64),
+    "80: groups of 40": (OscarConfig(value_group=32), 80, 80),
+    "80: groups of 16": (OscarConfig(value_group=16), 80, 80),
+    "96: groups of 32": (OscarConfig(value_group=32, key_group=16), 96, 96),
+    "112, 4-bit values": (OscarConfig(value_bits=4), 112, 112),
+    "192": (OscarConfig(key_group=64, metadata="fp16"), 192, 192),
+    "256, values of 64": (OscarConfig(), 256, 64),
+    "no scale": (OscarConfig(token_scale="none", key_bits=4, value_bits=4), 64, 72),
+    "half a norm": (OscarConfig(token_scale_exponent=0.5, metadata="fp16"), 32, 32),
+    "minmax fp8": (OscarConfig(fit="minmax", value_group=16), 64, 64),
+    "shared scales": (OscarConfig(**MINMAX, key_group=64), 16, 48),
+}
+
+
+def page_states(
+    kind: str, pages: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of whole pages, on the device."""
+    keys, _ = states(kind, pages, heads, 128, key_dim)
+    _, values = states(kind, pages, heads, 128, value_dim, seed=1)
+    return keys.to(DEVICE, dtype), values.to(DEVICE, dtype)
+
+
+def pack(keys: Tensor, values: Tensor, layout: PageLayout) -> Tensor:
+    """The pages of ``[N, H, 128, channels]``."""
+    shape = (keys.shape[0], layout.num_kv_heads, layout.page_bytes)
+    pages = torch.empty(shape, dtype=torch.uint8, device=keys.device)
+    ids = torch.arange(keys.shape[0], dtype=torch.int32, device=keys.device)
+    pack_into(pages, ids, keys, values, layout, pages=1)
+    return pages
+
+
+def relative_error(read: Tensor, exact: Tensor) -> float:
+    return float((read - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_pages_are_as_good_as_the_references(case: str, dtype: torch.dtype) -> None:
+    config, key_dim, value_dim = CASES[case]
+    heads = 3
+    layout = PageLayout(config, key_dim, heads, value_dim)
+    keys, values = page_states("norm_imbalance", 2, heads, key_dim, value_dim, dtype)
+    pages, expected = pack(keys, values, layout), codec.encode_pages(keys, values, layout)
+    for codes in (codec.key_codes, codec.value_codes):
+        same = (codes(pages, layout) == codes(expected, layout)).float().mean()
+        assert same > 0.99
+    decoded = codec.decode_pages(pages, layout, torch.float64)
+    references = codec.decode_pages(expected, layout, torch.float64)
+    for read, reference, given in zip(decoded, references, (keys, values)):
+        exact = given.double()
+        assert relative_error(read, exact) <= 1.01 * relative_error(reference, exact)
+        if config.fit == "unbiased":
+            assert slope(read, exact) == pytest.approx(1, abs=0.03)  # of a few thousand numbers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_reading_is_unbiased_and_every_code_is_used(kind: str, bits: int) -> None:
+    layout = PageLayout(OscarConfig(key_bits=bits, value_bits=bits), 64, 2)
+    keys, values = page_states(kind, 6, 2, 64, 64, torch.float32)
+    pages = pack(keys, values, layout)
+    read_keys, read_values = codec.decode_pages(pages, layout, torch.float64)
+    product = (keys.double() * read_keys).sum(-1) / keys.double().square().sum(-1)
+    limits = 2.0**-10  # the token scale is a float16
+    clipped = (product - 1).abs() > limits
+    assert clipped.float().mean() < 0.01  # the refit may not double a scale
+    assert slope(read_values, values) == pytest.approx(1, abs=0.02)
+    assert codec.key_codes(pages, layout).unique().tolist() == list(range(2**bits))
+    assert codec.value_codes(pages, layout).unique().tolist() == list(range(2**bits))
+
+
+@pytest.mark.parametrize("preset", ["compact", "paper"])
+@pytest.mark.parametrize("rows", [slice(5, 9), slice(None)])
+def test_zero_tokens_read_as_zeros(preset: str, rows: slice) -> None:
+    layout = PageLayout(OscarConfig.preset(preset), 64, 2)
+    keys, values = page_states("gaussian", 1, 2, 64, 64, torch.float32)
+    keys[:, :, rows], values[:, :, rows] = 0, 0
+    for read in codec.decode_pages(pack(keys, values, layout), layout):
+        assert read.isfinite().all()
+        assert not read[:, :, rows].any()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("case", ["compact", "paper", "80: groups of 16"])
+def test_a_token_that_is_not_finite_is_stored_as_zeros(case: str, number: float) -> None:
+    config, dim, _ = CASES[case]
+    layout = PageLayout(config, dim, 2)
+    keys, values = page_states("gaussian", 1, 2, dim, dim, torch.float32)
+    cleaned_keys, cleaned_values = keys.clone(), values.clone()
+    for states_, head, token in ((keys, 0, 3), (values, 1, 90), (values, 0, 127)):
+        states_[0, head, token, 17] = number
+        cleaned_keys[0, head, token], cleaned_values[0, head, token] = 0, 0
+    read = codec.decode_pages(pack(keys, values, layout), layout)
+    expected = codec.decode_pages(pack(cleaned_keys, cleaned_values, layout), layout)
+    for found, wanted in zip(read, expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert not read[1][0, 0, 3].any()
+    assert not read[1][0, 1, 90].any()
+    if config.token_scale == "per_head":  # the paper's scale is that of all heads
+        assert not read[0][0, 1, 90].any()
+
+
+def test_pages_of_a_prompt_go_straight_into_a_pool() -> None:
+    layout = PageLayout(OscarConfig.compact(), 32, 2)
+    prompt = torch.randn(2, 128 * 3 + 20, 2, 2, 32, device=DEVICE).permute(3, 0, 2, 1, 4)
+    keys, values = prompt[0], prompt[1]  # [B, H, T, D], nothing but channels contiguous
+    pool = torch.full((7, 2, layout.page_bytes), 255, dtype=torch.uint8, device=DEVICE)
+    ids = torch.tensor([6, 1, 0, 4], dtype=torch.int32, device=DEVICE)
+    pack_into(pool, ids, keys[:, :, 9:], values[:, :, 9:], layout, pages=2)
+    for number, page in enumerate(ids.tolist()):
+        sequence, first = number // 2, 9 + number % 2 * 128
+        there = (sequence, slice(None), slice(first, first + 128))
+        expected = codec.encode_pages(keys[there][None], values[there][None], layout)
+        for read, wanted in zip(
+            codec.decode_pages(pool[page][None], layout), codec.decode_pages(expected, layout)
+        ):
+            assert relative_error(read, wanted) < 0.05
+    assert (pool[[2, 3, 5]] == 255).all()
+
+
+def test_unbiased_scales_of_all_heads_take_the_plain_way() -> None:
+    layout = PageLayout(OscarConfig(token_scale="cross_head"), 32, 2)
+    keys, values = page_states("gaussian", 2, 2, 32, 32, torch.float32)
+    assert torch.equal(pack(keys, values, layout), codec.encode_pages(keys, values, layout))
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.float32) for case in CASES),
+        ("quality", torch.float16),
+        ("paper", torch.bfloat16),
+    ],
+)
+def test_unpack(case: str, dtype: torch.dtype) -> None:
+    config, key_dim, value_dim = CASES[case]
+    layout = PageLayout(config, key_dim, 3, value_dim)
+    pages = codec.encode_pages(
+        *page_states("norm_imbalance", 1, 3, key_dim, value_dim, torch.float32), layout
+    )
+    limit = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+    expected = codec.decode_pages(pages, layout, torch.float64)
+    for read, exact in zip(unpack(pages, layout, dtype), expected):
+        assert read.dtype == dtype
+        assert relative_error(read.double(), exact) < limit
+
+
+def device_cache(packed: PackedKV, pages: int) -> dict[str, Any]:
+    """Arguments of the kernel: an empty cache like ``packed`` with ``pages`` pages per sequence."""
+    batch, device = packed.batch_size, packed.device
+    shape = (batch * pages, packed.layout.num_kv_heads, packed.layout.page_bytes)
+    names = ("tail_keys", "tail_values", "sink_keys", "sink_values")
+    lengths = ("tail_lengths", "sink_lengths", "page_counts")
+    return {
+        "layout": packed.layout,
+        **{name: getattr(packed, name).clone() for name in names + lengths},
+        "block_table": torch.randperm(shape[0]).int().view(batch, pages).to(device),
+        "pool": torch.randint(0, 256, shape, dtype=torch.uint8, device=device),
+        "arrivals": torch.zeros(batch, dtype=torch.int32, device=device),
+        "nonfinite": torch.zeros(1, dtype=torch.int32, device=device),
+    }
+
+
+@pytest.mark.parametrize(
+    ("recent", "sinks", "new_tokens", "steps", "ragged", "settings"),
+    [
+        (0, 0, 1, 130, False, {}),
+        (128, 5, 16, 26, False, {}),
+        (40, 0, 3, 100, True, {"value_group": 8}),
+        (0, 5, 16, 36, True, {}),
+        (0, 0, 16, 25, True, {**MINMAX, "metadata": "fp16"}),
+        (40, 5, 16, 24, True, MINMAX),
+    ],
+)
+def test_append_is_that_of_packed_kv(
+    recent: int, sinks: int, new_tokens: int, steps: int, ragged: bool, settings: dict[str, Any]
+) -> None:
+    batch, heads, key_dim, value_dim = 2, 2, 16, 24
+    config = OscarConfig(recent_tokens=recent, sink_tokens=sinks, check_finite=False, **settings)
+    packed = PackedKV(
+        config,
+        batch_size=batch,
+        num_kv_heads=heads,
+        head_dim=key_dim,
+        value_head_dim=value_dim,
+        device=DEVICE,
+    )
+    cache = device_cache(packed, pages=4)
+    keys, _ = states("norm_imbalance", batch, heads, steps * new_tokens, key_dim)
+    _, values = states("norm_imbalance", batch, heads, steps * new_tokens, value_dim)
+    keys, values = keys.to(DEVICE), values.to(DEVICE)
+    keys[0, 1, 0, 3], values[1, 0, -new_tokens, 2] = float("nan"), float("inf")
+    stored = 0
+    for step in range(steps):
+        counts = None
+        if ragged:
+            counts = torch.randint(0, new_tokens + 1, (batch,), dtype=torch.int32)
+            counts[0 if step == 0 else 1] = new_tokens
+            stored = stored + counts
+        now = slice(step * new_tokens, (step + 1) * new_tokens)
+        packed.append(
+            keys[:, :, now],
+            values[:, :, now],
+            lengths=None if counts is None else counts.tolist(),
+        )
+        on_device = None if counts is None else counts.to(DEVICE)
+        append(keys[:, :, now], values[:, :, now], on_device, **cache)
+        for name in ("tail_lengths", "sink_lengths", "page_counts"):
+            assert torch.equal(cache[name], getattr(packed, name)), (step, name)
+        assert not cache["arrivals"].any()
+    assert cache["nonfinite"].item() == 2
+    assert min(packed.pages_per_sequence) > 0
+    for row in range(batch):
+        for part, lengths in (("sink", packed.sink_lengths), ("tail", packed.tail_lengths)):
+            for kind in ("keys", "values"):
+                name = f"{part}_{kind}"
+                used = int(lengths[row])
+                assert torch.equal(
+                    cache[name][row, :, :used], getattr(packed, name)[row, :, :used]
+                ), (row, name)
+        count = packed.pages_per_sequence[row]
+        pages = cache["pool"][cache["block_table"][row, :count].long()]
+        expected = packed.pages(packed.block_table[row, :count])
+        for read, wanted in zip(
+            codec.decode_pages(pages, packed.layout), codec.decode_pages(expected, packed.layout)
+        ):
+            assert relative_error(read, wanted) < 0.05
+
+
+def test_append_refuses_what_it_cannot_do() -> None:
+    packed = PackedKV(OscarConfig(), batch_size=1, num_kv_heads=1, head_dim=16, device=DEVICE)
+    cache = device_cache(packed, pages=1)
+    many = torch.zeros(1, 1, 17, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="17 new tokens: expected at most 16"):
+        append(many, many, None, **cache)
+    apart = torch.zeros(1, 1, 16, 2, device=DEVICE).mT
+    with pytest.raises(ValueError, match="next to each other"):
+        append(apart, apart, None, **cache)
+    cache["layout"] = PageLayout(OscarConfig(token_scale="cross_head"), 16, 1)
+    with pytest.raises(ValueError, match="cross_head"):
+        append(many[:, :, :1], many[:, :, :1], None, **cache)
