@@ -101,6 +101,10 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option(help="Run decode steps as a CUDA graph. Wherever possible if omitted."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a quantized cache; text on stdout, the rest on stderr."""
@@ -128,7 +132,15 @@ def generate(
     cache = make_cache(loaded.model, preset)
     streamer = None if as_json else TextStreamer(loaded.tokenizer, skip_special_tokens=True)
     tokens: list[generation.Token] = []
-    stream = generation.continuation(loaded.model, ids, cache, max_new_tokens, temperature)
+    possible = generation.can_be_captured(loaded.model, cache)
+    if cuda_graph and not possible:
+        raise ValueError(
+            "--cuda-graph: needs a GPU, a preset, and a model whose layers all are full attention"
+        )
+    captured = possible if cuda_graph is None else cuda_graph
+    stream = generation.continuation(
+        loaded.model, ids, cache, max_new_tokens, temperature, cuda_graph=captured
+    )
     with _progress() as progress:
         progress.add_task(f"reading {ids.shape[1]:,} prompt tokens", total=None)
         tokens.append(next(stream))
@@ -156,6 +168,7 @@ def generate(
                 "preset": preset,
                 "dtype": loaded.dtype,
                 "attends_packed": loaded.attends_packed,
+                "cuda_graph": captured,
                 "text": written,
                 "prompt_tokens": ids.shape[1],
                 "new_tokens": len(tokens),

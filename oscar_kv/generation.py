@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.utils import disable_progress_bars
@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from oscar_kv.integrations.transformers import OscarLayer, layer_memory
+from oscar_kv.integrations.graph import DecodeGraph
+from oscar_kv.integrations.transformers import OscarCache, OscarLayer, layer_memory
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -90,9 +91,24 @@ class Token:
     seconds: float
 
 
+def can_be_captured(model: Any, cache: Cache) -> bool:
+    """Whether decode steps can run as a CUDA graph: packed attention on a GPU, every layer ours."""
+    return (
+        model.device.type == "cuda"
+        and model.config._attn_implementation == "oscar"
+        and all(isinstance(layer, OscarLayer) for layer in cache.layers)
+    )
+
+
 @torch.no_grad()
 def continuation(
-    model: Any, prompt: Tensor, cache: Cache, max_new_tokens: int, temperature: float = 0.0
+    model: Any,
+    prompt: Tensor,
+    cache: Cache,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    *,
+    cuda_graph: bool = False,
 ) -> Iterator[Token]:
     """Yields the tokens that follow ``prompt``, up to an end-of-text token or the limit.
 
@@ -100,26 +116,36 @@ def continuation(
         prompt: ids ``[1, T]``.
         cache: empty; afterwards it holds all tokens but the last.
         temperature: 0 picks the most likely token.
+        cuda_graph: run the steps after the prompt as a CUDA graph, for an :class:`OscarCache`.
 
     Raises:
         MemoryError: if the device runs out of memory.
+        ValueError: if a graph is asked for and cannot be had, or a key or value is NaN or Inf.
     """
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end])
     last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    ids = prompt
+    ids, graph = prompt, None
     for _ in range(max_new_tokens):
         begin = time.perf_counter()
         try:
-            output = model(ids, past_key_values=cache, use_cache=True, **last_only)
+            if cuda_graph and ids is not prompt:
+                if graph is None:
+                    cast(OscarCache, cache).reserve(max_new_tokens)
+                    graph = DecodeGraph(model, cache)
+                logits = graph(ids)
+            else:
+                output = model(ids, past_key_values=cache, use_cache=True, **last_only)
+                logits = output.logits[:, -1]
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"out of memory: {error}") from error
-        logits = output.logits[:, -1]
         if temperature:
             ids = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
         else:
             ids = logits.argmax(-1, keepdim=True)
         token = int(ids)  # waits for the device
+        if graph is not None:
+            graph.require_finite()
         yield Token(token, time.perf_counter() - begin)
         if token in ends:
             return

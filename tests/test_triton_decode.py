@@ -19,9 +19,9 @@ from states import states
 
 from oscar_kv import OscarConfig, quantize
 from oscar_kv.config import PRESETS
-from oscar_kv.kernels import triton_launch
+from oscar_kv.kernels import triton_decode
 from oscar_kv.kernels.masking import Visibility
-from oscar_kv.kernels.triton_launch import decode
+from oscar_kv.kernels.triton_decode import decode
 
 check = partial(kernel_checks.check, decode)
 
@@ -136,7 +136,7 @@ def test_many_splits_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(OscarConfig.compact(), sink_tokens=3)
     packed = packed_states(config, 64, lengths=(1700, 700), heads=1)
     for programs in (1, 4, 100):
-        monkeypatch.setattr(triton_launch, "_multiprocessors", lambda device, n=programs: n)
+        monkeypatch.setattr(triton_decode, "_multiprocessors", lambda device, n=programs: n)
         check(packed, 2, 1)
         check(packed, 2, 1, starts=torch.tensor([0, 690]), s_aux=torch.tensor([1.0, -1.0]))
         check(packed, 2, 3, sliding_window=1000)

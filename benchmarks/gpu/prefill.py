@@ -37,7 +37,7 @@ from benchmarks.gpu.timing import (
 from oscar_kv.config import PAGE_TOKENS
 from oscar_kv.kernels import extend_attention, pack, unpack
 from oscar_kv.kernels.dispatch import choose
-from oscar_kv.kernels.reference import pack as reference_pack
+from oscar_kv.storage.codec import encode_pages as reference_pack
 from oscar_kv.storage.layout import PageLayout
 
 K = 1024

@@ -35,9 +35,9 @@ def combine_parts(
     out,
     parts,
     page_splits,
+    num_queries,
     page: tl.constexpr,
-    rows: tl.constexpr,
-    num_queries: tl.constexpr,
+    group: tl.constexpr,
     outer_size: tl.constexpr,
     outer_padded: tl.constexpr,
     inner_size: tl.constexpr,
@@ -55,7 +55,12 @@ def combine_parts(
         out: ``[B, Hq, Tq, E]``, contiguous.
     """
     row = tl.program_id(0).to(tl.int64)
-    if dependent_launch:
+    a = tl.arange(0, outer_padded)
+    b = tl.arange(0, inner_size)
+    second = tl.load(inner + b[:, None] * inner_size + b[None, :])
+    both = (a < outer_size)[:, None] & (a < outer_size)[None, :]
+    first = tl.load(outer + a[:, None] * outer_size + a[None, :], mask=both, other=0.0)
+    if dependent_launch:  # everything from here on waits for the parts
         tl.extra.cuda.gdc_wait()
     maxima += row * parts * 2
     sums += row * parts * page.value_dim
@@ -64,24 +69,19 @@ def combine_parts(
     normalizer = tl.load(maxima + part * 2 + 1, mask=part < parts, other=0.0)
     largest = tl.max(maximum, 0)
     if has_sink_logits:
-        head = row // rows % page.num_kv_heads * (rows // num_queries) + row % rows // num_queries
+        head = row // num_queries % (page.num_kv_heads * group)
         logit = tl.load(sink_logits + head).to(tl.float32) * LOG2_E
         largest = tl.maximum(largest, logit)
     total = tl.sum(normalizer * tl.exp2(maximum - largest), 0)
     if has_sink_logits:
         total += tl.exp2(logit - largest)
 
-    a = tl.arange(0, outer_padded)
-    b = tl.arange(0, inner_size)
     channel = a[:, None] * inner_size + b[None, :]
     there = (a < outer_size)[:, None] & (b < inner_size)[None, :]
     packed = _weighted_sum(sums, maxima, 0, page_splits, largest, channel, there, page, chunk)
     dense = _weighted_sum(sums, maxima, page_splits, parts, largest, channel, there, page, chunk)
 
-    second = tl.load(inner + b[:, None] * inner_size + b[None, :])
     half = tl.sum(packed[:, None, :] * second[None, :, :], 2)
-    both = (a < outer_size)[:, None] & (a < outer_size)[None, :]
-    first = tl.load(outer + a[:, None] * outer_size + a[None, :], mask=both, other=0.0)
     dense += tl.sum(first[:, :, None] * half[None, :, :], 1)
     done = dense / tl.where(total > 0.0, total, 1.0)
     tl.store(out + row * page.value_dim + channel, done.to(out.dtype.element_ty), mask=there)

@@ -1,20 +1,208 @@
-"""Decode attention in Triton: the kernel that takes one part of a sequence.
+"""Decode attention in Triton: a few new queries per sequence, straight from packed pages.
 
-A sequence is split over many programs; :mod:`~oscar_kv.kernels.triton_combine` merges them.
+A sequence is split over many programs of one warp each: some take runs of packed pages, others
+blocks of full-precision tokens. :mod:`~oscar_kv.kernels.triton_combine` merges what they find.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from oscar_kv.core.rotation import rotation_factors
+from oscar_kv.kernels.masking import Visibility
 from oscar_kv.kernels.triton_attend import BLIND, LOG2_E, attend_dense, attend_pages
-from oscar_kv.kernels.triton_page import PAGE, TOKENS
-from oscar_kv.kernels.triton_rotation import rotated_query, stack
+from oscar_kv.kernels.triton_combine import combine_parts
+from oscar_kv.kernels.triton_page import PAGE, TOKENS, page_spec
+from oscar_kv.kernels.triton_query import query_segments
+from oscar_kv.kernels.triton_rotate import rotate_queries
+from oscar_kv.storage.packed import PackedKV
+
+# Programs that share the pages, per SM: a little fewer than fit, the rest is for dense tokens.
+_PROGRAMS_PER_SM = 8
+# Pages per program: more make the last ones late; one alone does not pay where there are many.
+_MOST_PAGES = 16
+_MANY_PAGES = 96
+
+
+def decode(
+    query: Tensor,
+    packed: PackedKV,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    visibility: Visibility,
+) -> Tensor:
+    """Attention of a few new tokens; arguments and result of the reference's ``attend``."""
+    layout, device = packed.layout, packed.device
+    page = page_spec(layout, _capability(device) >= (8, 9))
+    if scaling < 0:
+        query, scaling = -query, -scaling
+    query = query.contiguous()
+    batch, num_heads, num_queries, _ = query.shape
+    group = num_heads // layout.num_kv_heads
+    rows = group * num_queries
+    columns = 8 if rows <= 8 else 16
+    column_blocks = -(-rows // columns)
+    tokens = 32 if max(page.padded_head_dim, page.padded_value_dim) <= 128 else 16
+    early = _launches_early(device)
+    page_splits = _page_splits(packed, column_blocks)
+    tail_blocks = -(-packed.most_tail_tokens // tokens)
+    has_new = new_keys is not None
+    sink_blocks = -(-packed.sink_keys.shape[2] // tokens)
+    dense_blocks = tail_blocks + sink_blocks + (-(-num_queries // tokens) if has_new else 0)
+    parts = page_splits + dense_blocks
+    sums = torch.empty(
+        (batch, num_heads, num_queries, parts, page.value_dim), dtype=torch.float32, device=device
+    )
+    maxima = torch.empty((*sums.shape[:4], 2), dtype=torch.float32, device=device)
+    rotated, factor = (query, query) if page.rotates_in_kernel else rotate_queries(query)
+    mask, mask_kind, mask_strides = _mask_arguments(visibility.mask, query)
+    window = visibility.sliding_window
+    decode_part[(parts * layout.num_kv_heads * column_blocks * batch,)](
+        query,
+        rotated,
+        factor,
+        packed.pool.data,
+        packed.block_table,
+        packed.page_counts,
+        packed.tail_lengths,
+        packed.sink_lengths,
+        packed.tail_keys,
+        packed.tail_values,
+        packed.sink_keys,
+        packed.sink_values,
+        new_keys.contiguous() if new_keys is not None else query,
+        new_values.contiguous() if new_values is not None else query,
+        visibility.starts if visibility.starts is not None else query,
+        mask,
+        sums,
+        maxima,
+        mask_strides,
+        packed.block_table.stride(0),
+        batch,
+        num_queries,
+        page_splits,
+        dense_blocks,
+        tail_blocks,
+        scaling,
+        softcap or 0.0,
+        window or 0,
+        page=page,
+        group=group,
+        columns=columns,
+        tail_slots=packed.tail_keys.shape[2],
+        sink_slots=packed.sink_keys.shape[2],
+        tokens=tokens,
+        page_mask=_page_mask(packed, visibility, has_new),
+        mask_kind=mask_kind,
+        has_new=has_new,
+        has_starts=visibility.starts is not None,
+        has_window=window is not None,
+        has_softcap=softcap is not None,
+        stages=3,
+        launch_dependents=early,
+        num_warps=1,
+        maxnreg=168 if columns == 8 else 255,
+    )
+    out = torch.empty((*query.shape[:3], page.value_dim), dtype=query.dtype, device=device)
+    outer, inner = rotation_factors(page.value_dim, device)
+    parts_padded = 1 << (parts - 1).bit_length()
+    chunk = min(parts_padded, 64)
+    combine_parts[(batch * num_heads * num_queries,)](
+        sums,
+        maxima,
+        s_aux if s_aux is not None else query,
+        outer,
+        inner,
+        out,
+        parts,
+        page_splits,
+        num_queries,
+        page=page,
+        group=group,
+        outer_size=outer.shape[0],
+        outer_padded=1 << (outer.shape[0] - 1).bit_length(),
+        inner_size=inner.shape[0],
+        parts_padded=parts_padded,
+        chunk=chunk,
+        has_sink_logits=s_aux is not None,
+        dependent_launch=early,
+        num_warps=4,
+        **({"launch_pdl": True} if early else {}),
+    )
+    return out
+
+
+def _page_splits(packed: PackedKV, column_blocks: int) -> int:
+    """Programs that share the pages of one sequence, KV head and block of columns."""
+    pages = packed.most_pages
+    if not pages:
+        return 0
+    others = packed.batch_size * packed.layout.num_kv_heads * column_blocks
+    at_once = _PROGRAMS_PER_SM * _multiprocessors(packed.device) // others
+    most = pages if pages < _MANY_PAGES else pages // 2
+    return min(most, max(1, at_once, -(-pages // _MOST_PAGES)))
+
+
+@lru_cache(maxsize=8)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _launches_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one it waits for has finished."""
+    return _capability(device) >= (9, 0)
+
+
+@lru_cache(maxsize=8)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _page_mask(packed: PackedKV, visibility: Visibility, has_new: bool) -> int:
+    """How page visibility varies; see :func:`~oscar_kv.kernels.triton_decode.decode_part`."""
+    one_query = visibility.num_queries == 1
+    mask = visibility.mask
+    # Tokens of pages come before the first query, wherever the tail holds the other queries.
+    all_before = has_new or one_query or visibility.num_queries - 1 <= packed.fewest_tail_tokens
+    if mask is not None and not (one_query and mask.shape[1] == 1):
+        return 2
+    if not one_query and (visibility.sliding_window is not None or not all_before):
+        return 2
+    plain = mask is None and visibility.starts is None and visibility.sliding_window is None
+    return 0 if plain and not has_new else 1
+
+
+def _mask_arguments(mask: Tensor | None, query: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
+    if mask is None:
+        return query, 0, (0, 0, 0)
+    if mask.stride(3) != 1:
+        mask = mask.contiguous()
+    strides = [0 if mask.shape[i] == 1 else mask.stride(i) for i in range(3)]
+    kind = 1 if mask.dtype == torch.bool else 2
+    return mask.view(torch.uint8) if kind == 1 else mask, kind, (strides[0], strides[1], strides[2])
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "page_splits", "batch", "scaling", "softcap", "window"],
+    do_not_specialize=[
+        "table_stride",
+        "batch",
+        "page_splits",
+        "dense_blocks",
+        "tail_blocks",
+        "scaling",
+        "softcap",
+        "window",
+    ],
 )
 def decode_part(
     query,
@@ -38,19 +226,19 @@ def decode_part(
     mask_strides,
     table_stride,
     batch,
+    num_queries,
     page_splits,
+    dense_blocks,
+    tail_blocks,
     scaling,
     softcap,
     window,
     page: tl.constexpr,
     group: tl.constexpr,
-    num_queries: tl.constexpr,
     columns: tl.constexpr,
     tail_slots: tl.constexpr,
-    tail_blocks: tl.constexpr,
     sink_slots: tl.constexpr,
     tokens: tl.constexpr,
-    dense_blocks: tl.constexpr,
     page_mask: tl.constexpr,
     mask_kind: tl.constexpr,
     has_new: tl.constexpr,
@@ -77,9 +265,9 @@ def decode_part(
         page_mask: 0 where every query sees every page whole, 1 where all queries see the same of
             them, 2 otherwise.
     """
-    rows: tl.constexpr = group * num_queries
-    column_blocks: tl.constexpr = (rows + columns - 1) // columns
-    per_sequence: tl.constexpr = page.num_kv_heads * column_blocks
+    rows = group * num_queries
+    column_blocks = (rows + columns - 1) // columns
+    per_sequence = page.num_kv_heads * column_blocks
     if launch_dependents:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
@@ -109,14 +297,12 @@ def decode_part(
         start = tl.load(starts + sequence)
 
     blocks: tl.constexpr = page.value_blocks
-    parts_of_query: tl.constexpr = page.segments
     row = block * columns + tl.arange(0, columns)
     clipped = tl.minimum(row, rows - 1)
     index = clipped % num_queries
     query_head = head * group + clipped // num_queries
     own = (length - num_queries + index)[None, :]
     query_index = (sequence * page.num_kv_heads * group + query_head) * num_queries + index
-    query_row = (query_index.to(tl.int64) * page.head_dim)[None, :]
     mask_row = sequence.to(tl.int64) * mask_strides[0] + query_head.to(tl.int64) * mask_strides[1]
     mask_row = (mask + mask_row + index.to(tl.int64) * mask_strides[2])[None, :]
     valid = row < rows
@@ -125,22 +311,7 @@ def decode_part(
 
     if part < page_splits:
         # The query first: it does not wait for the lengths.
-        segments = ()
-        if page.rotates_in_kernel:
-            rotated_blocks, factor = rotated_query(query + query_row, page.head_dim // TOKENS)
-            for j in tl.static_range(parts_of_query):
-                segments = segments + (
-                    stack(
-                        rotated_blocks,
-                        page.segment_begin(j) // TOKENS,
-                        page.segment_width(j) // TOKENS,
-                    ),
-                )
-        else:
-            for j in tl.static_range(parts_of_query):
-                channel = tl.arange(0, page.segment_width(j)) + page.segment_begin(j)
-                segments = segments + (tl.load(rotated + query_row + channel[:, None]),)
-            factor = tl.load(rotated_factor + query_index)
+        segments, factor = query_segments(query, rotated, rotated_factor, query_index, page)
         lowest = start
         if has_window:
             lowest = tl.maximum(lowest, length - num_queries - window + 1)
@@ -209,12 +380,9 @@ def decode_part(
                 position = 0
         first_token = number * tokens
         if first_token < count:
-            channel = tl.arange(0, page.padded_head_dim)[:, None]
-            loaded = tl.load(
-                query + query_row + channel,
-                mask=valid[None, :] & (channel < page.head_dim),
-                other=0.0,
-            )
+            query_channel = tl.arange(0, page.padded_head_dim)[:, None]
+            own_query = query + (query_index.to(tl.int64) * page.head_dim)[None, :] + query_channel
+            loaded = tl.load(own_query, mask=query_channel < page.head_dim, other=0.0)
             output, maximum, normalizer = attend_dense(
                 keys + first_token * page.head_dim,
                 values + first_token * page.value_dim,
@@ -234,8 +402,9 @@ def decode_part(
                 has_window,
                 has_softcap,
             )
-            channel = tl.arange(0, page.padded_value_dim)[:, None]
-            tl.store(out_row + channel, output, mask=valid[None, :] & (channel < page.value_dim))
+            value_channel = tl.arange(0, page.padded_value_dim)[:, None]
+            there = valid[None, :] & (value_channel < page.value_dim)
+            tl.store(out_row + value_channel, output, mask=there)
             tl.store(maxima + out * 2, maximum, mask=valid)
             tl.store(maxima + out * 2 + 1, normalizer, mask=valid)
         else:

@@ -430,10 +430,10 @@ class PackedKV:
     def to(self, device: torch.device | str) -> PackedKV:
         """A batch of the same sequences on ``device``. Do not append to both: tensors that are
         there already are shared."""
-        self._release_reserved()
         moved = copy.copy(self)
         moved._sequences = [replace(sequence) for sequence in self._sequences]
         moved.pool = self.pool.to(device)
+        moved._release_reserved()
         for name in (*_BATCHED, "nonfinite"):
             setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
         return moved

@@ -1,8 +1,8 @@
-"""The rotated query of a decode step as an operand of the matrix unit, made inside the kernel.
+"""The rotated queries of a decode step as operands of the matrix unit, made inside the kernel.
 
 A head_dim that is a power of two has the rotation ``H_{D/16} x H_16 / sqrt(D)``: one product with
-``H_16`` per 16 channels, and butterflies between these. It costs a program less than a sixth of a
-page and saves a launch. Other head sizes come rotated (``triton_rotate``).
+``H_16`` per 16 channels, and butterflies between these. That costs a program a fraction of a page
+and saves a launch. Other head sizes come rotated (``triton_rotate``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,36 @@ from oscar_kv.kernels.triton_page import TOKENS
 
 
 @triton.jit
-def rotated_query(rows, blocks: tl.constexpr):
+def query_segments(query, rotated, rotated_factor, rows, page: tl.constexpr):
+    """N rotated queries in the segments in which keys are taken.
+
+    Args:
+        query: pointer to ``[rows, D]``; ``rotated``, ``rotated_factor``: what
+            :func:`~oscar_kv.kernels.triton_rotate.rotate_queries` returns, where it is needed.
+        rows: int ``[N]``.
+
+    Returns:
+        Tuple of float16 ``[width, N]``, and the float32 ``[N]`` they have to be multiplied by.
+    """
+    count: tl.constexpr = page.segments
+    first = (rows.to(tl.int64) * page.head_dim)[None, :]
+    segments = ()
+    if page.rotates_in_kernel:
+        blocks, factor = _rotated(query + first, page.head_dim // TOKENS)
+        for j in tl.static_range(count):
+            segments = segments + (
+                _stack(blocks, page.segment_begin(j) // TOKENS, page.segment_width(j) // TOKENS),
+            )
+    else:
+        for j in tl.static_range(count):
+            channel = tl.arange(0, page.segment_width(j)) + page.segment_begin(j)
+            segments = segments + (tl.load(rotated + first + channel[:, None]),)
+        factor = tl.load(rotated_factor + rows)
+    return segments, factor
+
+
+@triton.jit
+def _rotated(rows, blocks: tl.constexpr):
     """Rotates ``16 * blocks`` channels of N query rows; ``blocks`` is a power of two.
 
     Args:
@@ -57,7 +86,7 @@ def rotated_query(rows, blocks: tl.constexpr):
 
 
 @triton.jit
-def stack(blocks, first: tl.constexpr, count: tl.constexpr):
+def _stack(blocks, first: tl.constexpr, count: tl.constexpr):
     """``count`` of ``blocks``, tensors ``[16, N]``, from ``first`` on: one ``[16 * count, N]``."""
     columns: tl.constexpr = blocks[0].shape[1]
     parts = ()
