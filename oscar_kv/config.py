@@ -35,7 +35,7 @@ class OscarConfig:
         value_group: channels that share one (scale, centre) per value token; ``None`` is the whole
             head. Where it does not divide the head, the nearest divisor is used (head_dim 80
             turns 32 into 40), see :meth:`value_group_for`.
-        fit: ``"minmax"`` is the paper's grid, ``"unbiased"`` least-squares codes with the
+        fit: ``"minmax"`` is the paper's grid, ``"unbiased"`` codes of a small error with the
             shrinkage undone (docs/how-it-works.md).
         metadata: storage type of scales and centres. ``"fp8"`` is E4M3.
         token_scale: what one key scale covers: a token of one KV head, a token across all KV

@@ -228,7 +228,7 @@ def test_every_shape_with_a_target_is_planned() -> None:
     for quick in (False, True):
         planned = kernel.plan(quick)
         assert len({str(shape) for shape in planned}) == len(planned)
-    targets = {shape.target for shape in kernel.plan(quick=False)} - {None}
+    targets = {shape.target for shape, _ in kernel.plan(quick=False)} - {None}
     assert targets == set(kernel.TARGETS.values())
 
 

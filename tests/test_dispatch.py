@@ -30,8 +30,8 @@ def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backend_that_declines_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    picky = Backend("picky", BACKENDS[0].operations, lambda layout, device: "only on Sundays")
-    eager = Backend("eager", BACKENDS[0].operations, lambda layout, device: None)
+    picky = Backend("picky", BACKENDS[0].module, lambda layout, device: "only on Sundays")
+    eager = Backend("eager", BACKENDS[0].module, lambda layout, device: None)
     monkeypatch.setattr(dispatch, "BACKENDS", (picky, eager, *BACKENDS))
     monkeypatch.delenv("OSCAR_KV_BACKEND", raising=False)
     backend, reason = choose(LAYOUT, CPU)

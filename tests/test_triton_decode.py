@@ -136,7 +136,7 @@ def test_many_splits_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(OscarConfig.compact(), sink_tokens=3)
     packed = packed_states(config, 64, lengths=(1700, 700), heads=1)
     for programs in (1, 4, 100):
-        monkeypatch.setattr(triton_decode, "_multiprocessors", lambda device, n=programs: n)
+        monkeypatch.setattr(triton_decode, "multiprocessors", lambda device, n=programs: n)
         check(packed, 2, 1)
         check(packed, 2, 1, starts=torch.tensor([0, 690]), s_aux=torch.tensor([1.0, -1.0]))
         check(packed, 2, 3, sliding_window=1000)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from oscar_kv.core.grid import round_fp16
 
-# Largest and smallest ratio by which the unbiased refit may change a token scale.
-_REFIT_LIMITS = (0.5, 2.0)
+REFIT_LIMITS = (0.5, 2.0)
+"""Smallest and largest ratio by which :func:`unbiased_token_scale` may change a token scale."""
 
 
 def token_scale(keys: Tensor, mode: str, exponent: float, unit_pages: bool) -> Tensor:
@@ -59,7 +59,7 @@ def unbiased_token_scale(scale: Tensor, exact: Tensor, read: Tensor, mode: str) 
     found = (exact * read).sum(-1, keepdim=True)
     if mode == "cross_head":
         wanted, found = (t.sum(1, keepdim=True).expand_as(t) for t in (wanted, found))
-    ratio = torch.where(found > 0, wanted / found.clamp_min(1e-30), 1.0).clamp(*_REFIT_LIMITS)
+    ratio = torch.where(found > 0, wanted / found.clamp_min(1e-30), 1.0).clamp(*REFIT_LIMITS)
     return _never_zero(scale * ratio)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oscar_kv.integrations.transformers import OscarCache
+from oscar_kv.integrations.transformers import OscarCache, OscarLayer
 
 
 class DecodeGraph:
@@ -47,7 +47,7 @@ class DecodeGraph:
                     f"attn_implementation={model.config._attn_implementation!r}: expected "
                     '"oscar", which reads lengths on the device'
                 )
-            for packed in cache._packed_layers():
+            for packed in cache.packed_layers():
                 if (
                     packed.layout.config.token_scale == "cross_head"
                     and packed.config.fit != "minmax"
@@ -85,8 +85,8 @@ class DecodeGraph:
         """
         if self._zeros is not None and (count := int(self._zeros)):
             raise ValueError(
-                f"keys or values of {count} tokens (per layer and KV head) held NaN or Inf and were "
-                "stored as zeros"
+                f"keys or values of {count} tokens (per layer and KV head) held NaN or Inf and "
+                "were stored as zeros"
             )
 
     def _first(self, ids: Tensor) -> Tensor:
@@ -97,7 +97,8 @@ class DecodeGraph:
             self._positions -= self.starts[:, None]
         if isinstance(self.cache, OscarCache):
             for layer in self.cache.layers:
-                layer.starts = self.starts
+                if isinstance(layer, OscarLayer):
+                    layer.starts = self.starts
         side = torch.cuda.Stream(self.model.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -233,15 +233,20 @@ class OscarCache(Cache):
         Raises:
             ValueError: before the prompt, or for a model with layers that are not quantized.
         """
-        for packed in self._packed_layers():
+        for packed in self.packed_layers():
             packed.reserve(tokens)
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that were appended on the device alone; see :meth:`PackedKV.advance`."""
-        for packed in self._packed_layers():
+        for packed in self.packed_layers():
             packed.advance(tokens)
 
-    def _packed_layers(self) -> list[PackedKV]:
+    def packed_layers(self) -> list[PackedKV]:
+        """What every layer holds, first layer first.
+
+        Raises:
+            ValueError: before the prompt, or for a model with layers that are not quantized.
+        """
         layers = [layer for layer in self.layers if isinstance(layer, OscarLayer)]
         if len(layers) < len(self.layers):
             others = sorted({type(x).__name__ for x in self.layers if x not in layers})
@@ -254,7 +259,7 @@ class OscarCache(Cache):
     @property
     def stored_as_zeros(self) -> Tensor:
         """int32 scalar on the device: how often NaN or Inf was stored as zeros by a kernel."""
-        return torch.cat([packed.nonfinite for packed in self._packed_layers()]).sum()
+        return torch.cat([packed.nonfinite for packed in self.packed_layers()]).sum()
 
     def memory(self) -> dict[str, int]:
         """Bytes allocated by kind, summed over layers.

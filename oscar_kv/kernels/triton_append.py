@@ -1,5 +1,3 @@
-# What a kernel is compiled with reaches it as plain values, unlike what its annotations say.
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 """``append`` of a decode step in Triton: one launch per layer, nothing for the host to wait for.
 
 A program has one KV head of one sequence. Mostly it copies a token or a few into the tail; when the
@@ -19,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS
+from oscar_kv.kernels.triton_device import capability
 from oscar_kv.kernels.triton_encode import load_rows, token_squares, write_page
 from oscar_kv.kernels.triton_pack_spec import pack_spec, signs, supports
 from oscar_kv.kernels.triton_page import PAGE, page_pointer
@@ -106,6 +105,7 @@ def append(
         rows=triton.next_power_of_2(new_tokens),
         recent=tail_keys.shape[2] - PAGE_TOKENS,
         sink_slots=sink_keys.shape[2],
+        early=capability(keys.device) >= (9, 0),
         num_warps=spec.num_warps,
     )
 
@@ -140,7 +140,10 @@ def _append_kernel(
     rows: tl.constexpr,
     recent: tl.constexpr,
     sink_slots: tl.constexpr,
+    early: tl.constexpr,
 ):
+    if early:  # what comes next, attention, may be launched now; it waits for the end of this
+        tl.extra.cuda.gdc_launch_dependents()
     page: tl.constexpr = spec.page
     heads: tl.constexpr = page.num_kv_heads
     slots: tl.constexpr = recent + PAGE

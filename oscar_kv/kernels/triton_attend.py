@@ -1,3 +1,5 @@
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# (a tuple that grows in an unrolled loop is not the empty one it began as)
 """Attention over packed pages and over full-precision tokens, for a few queries, in Triton.
 
 Device functions of :mod:`~oscar_kv.kernels.triton_decode`. Codes are the 16-row operand of the
@@ -182,7 +184,8 @@ def hidden(
 @triton.jit
 def capped(logits, softcap):
     """``softcap * tanh(logits / softcap)`` of logits in base 2."""
-    return softcap * LOG2_E * (1.0 - 2.0 / (tl.exp2(2.0 / softcap * logits) + 1.0))
+    cap = softcap * LOG2_E
+    return cap - 2.0 * cap / (tl.exp2(2.0 / softcap * logits) + 1.0)
 
 
 @triton.jit
@@ -235,7 +238,7 @@ def attend_pages(
 
     Args:
         table: pointer to the sequence's page ids.
-        query: rotated query, see :func:`page_logits`; ``factor``: float32 ``[N]``, scaling included.
+        query: rotated query, see :func:`page_logits`; ``factor``: float32 ``[N]``, with scaling.
         first_position: of page 0.
         own .. mask_kind: as in :func:`hidden`, unless ``page_mask`` is 0.
 

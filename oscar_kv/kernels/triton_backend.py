@@ -8,8 +8,8 @@ from torch import Tensor
 
 from oscar_kv.kernels import triton_append
 from oscar_kv.kernels.masking import Visibility
-from oscar_kv.kernels.triton_extend import extend
 from oscar_kv.kernels.triton_decode import decode
+from oscar_kv.kernels.triton_extend import extend
 from oscar_kv.kernels.triton_pack import pack_into
 from oscar_kv.kernels.triton_pack_spec import supports
 from oscar_kv.kernels.triton_unpack import unpack

@@ -44,7 +44,7 @@ def combine_parts(
     parts_padded: tl.constexpr,
     chunk: tl.constexpr,
     has_sink_logits: tl.constexpr,
-    dependent_launch: tl.constexpr,
+    early: tl.constexpr,
 ):
     """One row of the output: grid ``(B * H * rows,)``.
 
@@ -60,7 +60,7 @@ def combine_parts(
     second = tl.load(inner + b[:, None] * inner_size + b[None, :])
     both = (a < outer_size)[:, None] & (a < outer_size)[None, :]
     first = tl.load(outer + a[:, None] * outer_size + a[None, :], mask=both, other=0.0)
-    if dependent_launch:  # everything from here on waits for the parts
+    if early:  # everything from here on waits for the parts
         tl.extra.cuda.gdc_wait()
     maxima += row * parts * 2
     sums += row * parts * page.value_dim

@@ -6,8 +6,6 @@ blocks of full-precision tokens. :mod:`~oscar_kv.kernels.triton_combine` merges 
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +15,7 @@ from oscar_kv.core.rotation import rotation_factors
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.kernels.triton_attend import BLIND, LOG2_E, attend_dense, attend_pages
 from oscar_kv.kernels.triton_combine import combine_parts
+from oscar_kv.kernels.triton_device import capability, multiprocessors
 from oscar_kv.kernels.triton_page import PAGE, TOKENS, page_spec
 from oscar_kv.kernels.triton_query import query_segments
 from oscar_kv.kernels.triton_rotate import rotate_queries
@@ -41,7 +40,7 @@ def decode(
 ) -> Tensor:
     """Attention of a few new tokens; arguments and result of the reference's ``attend``."""
     layout, device = packed.layout, packed.device
-    page = page_spec(layout, _capability(device) >= (8, 9))
+    page = page_spec(layout, capability(device) >= (8, 9))
     if scaling < 0:
         query, scaling = -query, -scaling
     query = query.contiguous()
@@ -51,7 +50,9 @@ def decode(
     columns = 8 if rows <= 8 else 16
     column_blocks = -(-rows // columns)
     tokens = 32 if max(page.padded_head_dim, page.padded_value_dim) <= 128 else 16
-    early = _launches_early(device)
+    # Launched before what they wait for has finished, they start sooner.
+    early = capability(device) >= (9, 0)
+    launch = {"launch_pdl": True} if early else {}
     page_splits = _page_splits(packed, column_blocks)
     tail_blocks = -(-packed.most_tail_tokens // tokens)
     has_new = new_keys is not None
@@ -107,9 +108,10 @@ def decode(
         has_window=window is not None,
         has_softcap=softcap is not None,
         stages=3,
-        launch_dependents=early,
+        early=early,
         num_warps=1,
         maxnreg=168 if columns == 8 else 255,
+        **launch,
     )
     out = torch.empty((*query.shape[:3], page.value_dim), dtype=query.dtype, device=device)
     outer, inner = rotation_factors(page.value_dim, device)
@@ -133,9 +135,9 @@ def decode(
         parts_padded=parts_padded,
         chunk=chunk,
         has_sink_logits=s_aux is not None,
-        dependent_launch=early,
+        early=early,
         num_warps=4,
-        **({"launch_pdl": True} if early else {}),
+        **launch,
     )
     return out
 
@@ -146,26 +148,10 @@ def _page_splits(packed: PackedKV, column_blocks: int) -> int:
     if not pages:
         return 0
     others = packed.batch_size * packed.layout.num_kv_heads * column_blocks
-    at_once = _PROGRAMS_PER_SM * _multiprocessors(packed.device) // others
-    most = pages if pages < _MANY_PAGES else pages // 2
-    return min(most, max(1, at_once, -(-pages // _MOST_PAGES)))
-
-
-@lru_cache(maxsize=8)
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def _launches_early(device: torch.device) -> bool:
-    """Whether a kernel can be launched before the one it waits for has finished."""
-    return _capability(device) >= (9, 0)
-
-
-@lru_cache(maxsize=8)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    at_once = max(1, _PROGRAMS_PER_SM * multiprocessors(packed.device) // others)
+    fewest = 1 if pages < _MANY_PAGES else 2
+    each = min(max(-(-pages // at_once), fewest), _MOST_PAGES)
+    return -(-pages // each)
 
 
 def _page_mask(packed: PackedKV, visibility: Visibility, has_new: bool) -> int:
@@ -246,7 +232,7 @@ def decode_part(
     has_window: tl.constexpr,
     has_softcap: tl.constexpr,
     stages: tl.constexpr,
-    launch_dependents: tl.constexpr,
+    early: tl.constexpr,
 ):
     """One part of one sequence, for one KV head and ``columns`` of its query rows.
 
@@ -268,8 +254,9 @@ def decode_part(
     rows = group * num_queries
     column_blocks = (rows + columns - 1) // columns
     per_sequence = page.num_kv_heads * column_blocks
-    if launch_dependents:
+    if early:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     page_programs = page_splits * per_sequence * batch
     if program < page_programs:

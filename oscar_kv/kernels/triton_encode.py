@@ -1,6 +1,3 @@
-# What a kernel is compiled with reaches it as plain values, unlike what its annotations say.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
 """One page from 128 tokens, as a Triton device function: rotate, fit, pack.
 
 Keys are rotated into ``[channels, tokens]`` and values into ``[tokens, channels]``, so that in both
@@ -18,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from oscar_kv.core.scaling import _REFIT_LIMITS
+from oscar_kv.core.scaling import REFIT_LIMITS
 from oscar_kv.kernels.triton_fit import encode_metadata, encode_pair, extrema, fit, round_fp16
 from oscar_kv.kernels.triton_page import (
     INTERPRETED,
@@ -28,11 +25,11 @@ from oscar_kv.kernels.triton_page import (
     metadata_pointer,
     slot,
 )
-from oscar_kv.storage.codec import _VALUE_PEAK
+from oscar_kv.storage.codec import VALUE_PEAK
 
-_REFIT_LOW = tl.constexpr(_REFIT_LIMITS[0])
-_REFIT_HIGH = tl.constexpr(_REFIT_LIMITS[1])
-_INVERSE_PEAK = tl.constexpr(1 / _VALUE_PEAK)
+_REFIT_LOW = tl.constexpr(REFIT_LIMITS[0])
+_REFIT_HIGH = tl.constexpr(REFIT_LIMITS[1])
+_INVERSE_PEAK = tl.constexpr(1 / VALUE_PEAK)
 _ON_DEVICE = tl.constexpr(not INTERPRETED)
 _INFINITY = tl.constexpr(float("inf"))
 

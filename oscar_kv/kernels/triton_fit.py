@@ -1,5 +1,3 @@
-# What a kernel is compiled with reaches it as plain values, unlike what its annotations say.
-# pyright: reportOperatorIssue=false
 """The grids of :mod:`oscar_kv.core.grid` as Triton device functions, for ``pack`` and ``append``.
 
 A float32 tile ``x [rows, groups, columns]`` is fitted along its columns, in whatever unit it comes.
@@ -14,9 +12,8 @@ import triton
 import triton.language as tl
 
 from oscar_kv.core.grid import SHARE_OF_RANGE, STEP_OVER_DEVIATION
-from oscar_kv.kernels.triton_page import INTERPRETED
+from oscar_kv.kernels.triton_page import ASSEMBLY
 
-_ASSEMBLY = tl.constexpr(not INTERPRETED)
 _STEP = tl.constexpr(STEP_OVER_DEVIATION)
 _SHARE = tl.constexpr(SHARE_OF_RANGE)
 _TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
@@ -108,7 +105,7 @@ def _nearest_codes(x, slope, offset, real, padded: tl.constexpr, levels: tl.cons
     """``round(x * slope + offset)`` within ``0 .. levels``, and 0 where there is no channel."""
     slope = slope * (1.0 / levels)
     offset = offset * (1.0 / levels)
-    if _ASSEMBLY:
+    if ASSEMBLY:
         share = tl.inline_asm_elementwise(
             "fma.rn.sat.f32 $0, $1, $2, $3;",
             "=f,f,f,f",
@@ -134,7 +131,7 @@ def _real_only(x, real, padded: tl.constexpr):
 def round_fp16(x):
     """To the nearest float16, saturating; float32 out."""
     x = tl.clamp(x, -65504.0, 65504.0)
-    if _ASSEMBLY:
+    if ASSEMBLY:
         # Seen as a float16, Triton would share it among threads before what is computed from it.
         return tl.inline_asm_elementwise(
             "{ .reg .b16 half; cvt.rn.f16.f32 half, $1; cvt.f32.f16 $0, half; }",

@@ -1,5 +1,3 @@
-# What a kernel is compiled with reaches it as plain values, unlike what its annotations say.
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 """``pack`` in Triton: what :func:`oscar_kv.storage.codec.encode_into` means, one program a page.
 
 Pages are read from a prompt ``[B, H, T, D]`` as it lies and written where they stay.

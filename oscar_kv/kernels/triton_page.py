@@ -20,7 +20,8 @@ from oscar_kv.storage.layout import PLANES, TILE, PageLayout
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
 
-_ASSEMBLY = tl.constexpr(not INTERPRETED)
+ASSEMBLY = tl.constexpr(not INTERPRETED)
+"""Whether device functions use inline assembly."""
 PAGE = tl.constexpr(PAGE_TOKENS)
 TOKENS = tl.constexpr(TILE)
 NUM_PLANES = tl.constexpr(PLANES)
@@ -122,7 +123,7 @@ class PageSpec:
         return sum(self.segment_width(i) for i in range(index))
 
     def key_entry(self, kind: int, segment: int) -> int:
-        """Where metadata of a segment begins: scales (kind 0) or centres (1), counted in numbers."""
+        """Where a segment's metadata begin, in numbers: scales (kind 0) or centres (1)."""
         field = (self.key_scale, self.key_centre)[kind] // self.metadata_bytes
         return field + self.segment_begin(segment)
 
@@ -183,7 +184,7 @@ def slot(token):
 @triton.jit
 def high_planes(words):
     """Words (int16) with planes 4..7 where planes 0..3 were."""
-    if _ASSEMBLY:
+    if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "shr.u32 $0, $1, 8;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
         )
@@ -201,7 +202,7 @@ def plane(low, high, p: tl.constexpr):
     ``and`` turns two codes into two operands of a matrix unit, which takes subnormals exactly.
     """
     words = low if p < 4 else high
-    if _ASSEMBLY:
+    if ASSEMBLY:
         if p % 4 == 0:
             return _and16(words, "and.b32 $0, $1, 0x00030003;")
         elif p % 4 == 1:
@@ -238,7 +239,7 @@ def decode_metadata(raw, page: tl.constexpr):
     over 256, subnormals included. No conversion instruction is needed, so Ampere does the same.
     """
     if page.fp8:
-        if _ASSEMBLY:
+        if ASSEMBLY:
             return tl.inline_asm_elementwise(
                 """{
                 .reg .b32 lo, hi, m;
@@ -310,7 +311,7 @@ def value_grids(base, group: tl.constexpr, page: tl.constexpr):
     else:
         words = base.to(tl.pointer_type(tl.int32)) + _entries(NUM_PLANES)
         both = tl.load(words + (page.value_grid // 4 + group * PAGE))
-        return by_plane(_half(both)), by_plane(_half(both >> 16))
+        return by_plane(half(both)), by_plane(half(both >> 16))
 
 
 @triton.jit
@@ -319,7 +320,7 @@ def _entries(per_row: tl.constexpr):
 
 
 @triton.jit
-def _half(words):
+def half(words):
     """The float16 in the low half of int32 ``words``."""
     return words.to(tl.int16).to(tl.float16, bitcast=True)
 

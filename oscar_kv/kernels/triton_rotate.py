@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false
 """Rotation of query rows on the GPU, and of accumulators inside other kernels.
 
 A Hadamard matrix holds nothing but +1 and -1 (and zeros between the blocks of a block-diagonal

@@ -1,6 +1,3 @@
-# What a kernel is compiled with reaches it as plain values, unlike what its annotations say.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false
 """``unpack`` in Triton: pages back to tokens in the original basis, for fallbacks and tests.
 
 The rotation is undone inside the kernel: left to torch, it would write and read a float32 copy of

@@ -16,11 +16,11 @@ from oscar_kv.core.rotation import rotate, rotate_back
 from oscar_kv.core.scaling import token_scale, unbiased_token_scale
 from oscar_kv.storage.layout import PLANES, TILE, PageLayout, by_slot, by_token
 
+VALUE_PEAK = 128.0
+"""The largest value of a page is brought to 64..128: the zero of a corrected grid may lie outside
+the data, and E4M3 ends at 448."""
 # Elements of one tensor quantized at a time: small enough to stay in a CPU cache.
 _CHUNK_ELEMENTS = 1 << 18
-# The largest value of a page is brought to (64, 128]: the zero of a corrected grid may lie
-# outside the data, and E4M3 ends at 448.
-_VALUE_PEAK = 128.0
 # Within these, kernels may carry a page's unit in the exponent of a float32 softmax.
 _UNIT_RANGE = (2.0**-60, 2.0**60)
 
@@ -71,7 +71,7 @@ def quantize_values(values: Tensor, layout: PageLayout) -> QuantizedValues:
     """Quantizes rotated values, float32 ``[N, H, 128, E]``, token by token."""
     config = layout.config
     peak = values.abs().amax((-2, -1), keepdim=True)
-    unit = torch.exp2(torch.ceil(torch.log2(peak / _VALUE_PEAK))).clamp(*_UNIT_RANGE)
+    unit = torch.exp2(torch.ceil(torch.log2(peak / VALUE_PEAK))).clamp(*_UNIT_RANGE)
     groups = (-1, layout.value_group)
     grid = FITS[config.fit](
         (values / unit).unflatten(-1, groups), -1, config.value_bits, _ROUNDING[config.metadata]

@@ -1,0 +1,21 @@
+"""What the host code of Triton kernels asks about a device; zeros and ones in the interpreter."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=8)
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@lru_cache(maxsize=8)
+def multiprocessors(device: torch.device) -> int:
+    """How many SMs there are."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

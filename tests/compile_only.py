@@ -1,0 +1,199 @@
+"""Compiles the kernels that matter, without a GPU, and prints what the compiler made of them.
+
+    python tests/compile_only.py 90
+
+The backend's own functions launch them, on tensors that lie in CPU memory; a driver without a
+device has every launch compile its kernel for the architecture and leave it at that. In a process
+of its own: Triton's interpreter has to be off before a kernel is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from oscar_kv import OscarConfig
+from oscar_kv.kernels import triton_backend as backend
+from oscar_kv.kernels.masking import Visibility
+from oscar_kv.storage.packed import PackedKV
+
+MULTIPROCESSORS = {80: 108, 90: 132}
+SEQUENCES, QUERY_HEADS, KV_HEADS = 2, 32, 8
+TOKENS = 4136  # 31 or 32 pages and a tail
+
+CASES = {
+    80: [
+        ("decode", "compact", 128),
+        ("pack", "compact", 128),
+        ("append", "compact", 128),
+        ("extend", "compact", 128),
+    ],
+    90: [
+        ("decode", "compact", 128),
+        ("decode", "quality", 128),
+        ("decode", "paper", 128),
+        ("decode", "high", 128),
+        ("decode", "compact", 64),
+        ("decode", "compact", 96),
+        ("pack", "compact", 128),
+        ("append", "compact", 128),
+        ("extend", "compact", 128),
+        ("unpack", "compact", 128),
+    ],
+}
+
+
+class Driver:
+    """What the JIT asks a driver for up to the launch."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_for(arch: int) -> dict[str, dict[str, float]]:
+    """Figures of each kernel of ``CASES[arch]``, by operation, preset, head size and name."""
+    launches: list[tuple[str, Any]] = []
+    compile_or_launch = JITFunction.run
+
+    def run(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
+        compiled = compile_or_launch(self, *args, warmup=True, **options)
+        launches.append((self.__name__.lstrip("_"), compiled))
+
+    JITFunction.run = run
+    driver.set_active(Driver(arch))  # pyright: ignore[reportArgumentType]
+    _pretend_device(capability=divmod(arch, 10), multiprocessors=MULTIPROCESSORS[arch])
+    report = {}
+    for operation, preset, head_dim in CASES[arch]:
+        launches.clear()
+        _launch(operation, preset, head_dim)
+        for name, compiled in launches:
+            figures = measure(compiled)
+            if name == "decode_part":
+                pieces = 2 * 128 * head_dim / 512
+                figures["slots_per_512_codes"] = round(figures["loop"] / pieces, 1)
+            report[f"{operation} {preset} {head_dim} {name}"] = figures
+    return report
+
+
+def measure(compiled: Any) -> dict[str, float]:
+    """What a compiled kernel takes.
+
+    ``loop`` is the largest loop's instructions, ``loop_spills`` those of them that spill registers
+    or fetch them back, ``other_spills`` the ones anywhere else; ``shared`` is in bytes.
+    """
+    code = _disassemble(compiled.asm["cubin"], "--dump-resource-usage", "-sass")
+    registers = re.search(r"REG:(\d+)", code)
+    assert registers, code
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
+    sass = [(int(address, 16), instruction) for address, instruction in found]
+    loop = max(_loops(sass), key=len, default=[])
+    loop_spills = sum(map(_spills, loop))
+    return {
+        "registers": int(registers[1]),
+        "shared": compiled.metadata.shared,
+        "loop": len(loop),
+        "loop_spills": loop_spills,
+        "other_spills": sum(_spills(instruction) for _, instruction in sass) - loop_spills,
+    }
+
+
+def _loops(sass: list[tuple[int, str]]) -> list[list[str]]:
+    """The bodies of backward branches, but for those from code moved behind the end."""
+    loops = []
+    for address, instruction in sass:
+        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", instruction)
+        if target and int(target[1], 16) < address:
+            body = [text for at, text in sass if int(target[1], 16) <= at <= address]
+            if not any("EXIT" in text for text in body):
+                loops.append(body)
+    return loops
+
+
+def _spills(instruction: str) -> bool:
+    return re.search(r"\b(STL|LDL)\b", instruction) is not None
+
+
+def _disassemble(cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, *options, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _pretend_device(**answers: object) -> None:
+    """Replaces the functions of the kernels' modules that ask a device what it is."""
+    missing = set(answers)
+    for module in [m for name, m in sys.modules.items() if name.startswith("oscar_kv.kernels.")]:
+        for name in vars(module).copy():
+            if name.lstrip("_") in answers:
+                answer = answers[name.lstrip("_")]
+                setattr(module, name, lambda device, answer=answer: answer)
+                missing.discard(name.lstrip("_"))
+    assert not missing, f"no function of the kernels' modules is called {missing}"
+
+
+def _launch(operation: str, preset: str, head_dim: int) -> None:
+    config = OscarConfig.preset(preset)
+
+    def states(heads: int, tokens: int) -> Tensor:
+        return torch.zeros(SEQUENCES, heads, tokens, head_dim, dtype=torch.bfloat16)
+
+    packed = PackedKV(
+        config,
+        batch_size=SEQUENCES,
+        num_kv_heads=KV_HEADS,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+    )
+    prompt, token = states(KV_HEADS, TOKENS), states(KV_HEADS, 1)
+    packed.append(prompt, prompt, pack=lambda *_, **__: None)
+    if operation == "pack":
+        backend.append(packed, prompt, prompt)
+    elif operation == "append":
+        backend.append(packed, token, token)
+    elif operation == "unpack":
+        backend.unpack(packed.pool.data, packed.layout, torch.bfloat16)
+    else:
+        queries = {"decode": 1, "extend": 512}[operation]
+        backend.attend(
+            states(QUERY_HEADS, queries),
+            packed,
+            None,
+            None,
+            head_dim**-0.5,
+            None,
+            None,
+            Visibility(packed.lengths, queries),
+        )
+
+
+if __name__ == "__main__":
+    # A folder of its own: what is measured is what the compiler at hand makes of the kernels.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = str(Path(cache))
+        print(json.dumps(compile_for(int(sys.argv[1])), indent=2))

@@ -1,0 +1,4 @@
+# See the stub of `triton`.
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...
