@@ -90,12 +90,14 @@ def _gpu() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """From git, or from ``GIT_COMMIT`` on a machine that has the tree without its history."""
+    """From ``GIT_COMMIT``, for a machine that has the tree but not its history, or from git."""
+    if commit := os.environ.get("GIT_COMMIT"):
+        return commit
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT", "unknown")
+        return "unknown"
 
 
 def _version(package: str) -> str | None:

@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -35,6 +34,7 @@ from oscar_kv.storage.packed import PackedKV
 MULTIPROCESSORS = {80: 108, 90: 132}
 SEQUENCES, QUERY_HEADS, KV_HEADS = 2, 32, 8
 TOKENS = 4136  # 31 or 32 pages and a tail
+FEWEST_INSTRUCTIONS = 100  # of a loop that is worth a line
 
 CASES = {
     80: [
@@ -74,7 +74,7 @@ class Driver:
         return 0
 
 
-def compile_for(arch: int) -> dict[str, dict[str, float]]:
+def compile_for(arch: int) -> dict[str, dict[str, Any]]:
     """Figures of each kernel of ``CASES[arch]``, by operation, preset, head size and name."""
     launches: list[tuple[str, Any]] = []
     compile_or_launch = JITFunction.run
@@ -92,49 +92,45 @@ def compile_for(arch: int) -> dict[str, dict[str, float]]:
         _launch(operation, preset, head_dim)
         for name, compiled in launches:
             figures = measure(compiled)
-            if name == "decode_part":
-                pieces = 2 * 128 * head_dim / 512
-                figures["slots_per_512_codes"] = round(figures["loop"] / pieces, 1)
-            report[f"{operation} {preset} {head_dim} {name}"] = figures
+            if name == "decode_part":  # one warp, a page at a time
+                instructions, _ = figures["loops"][0]
+                figures["slots_per_512_codes"] = round(instructions / (head_dim / 2), 1)
+            report[f"{operation} {preset} {head_dim}: {name}"] = figures
     return report
 
 
-def measure(compiled: Any) -> dict[str, float]:
+def measure(compiled: Any) -> dict[str, Any]:
     """What a compiled kernel takes.
 
-    ``loop`` is the largest loop's instructions, ``loop_spills`` those of them that spill registers
-    or fetch them back, ``other_spills`` the ones anywhere else; ``shared`` is in bytes.
+    ``shared`` is in bytes. ``loops`` has a pair for each loop worth the name, largest first: its
+    instructions, and those of them that spill registers or fetch them back. ``spills`` are the
+    ones outside of these loops.
     """
     code = _disassemble(compiled.asm["cubin"], "--dump-resource-usage", "-sass")
     registers = re.search(r"REG:(\d+)", code)
     assert registers, code
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
-    sass = [(int(address, 16), instruction) for address, instruction in found]
-    loop = max(_loops(sass), key=len, default=[])
-    loop_spills = sum(map(_spills, loop))
+    sass = {int(address, 16): instruction for address, instruction in found}
+    spills = {address for address, text in sass.items() if re.search(r"\b(STL|LDL)\b", text)}
+    loops = _loops(sass)
     return {
         "registers": int(registers[1]),
         "shared": compiled.metadata.shared,
-        "loop": len(loop),
-        "loop_spills": loop_spills,
-        "other_spills": sum(_spills(instruction) for _, instruction in sass) - loop_spills,
+        "loops": [(len(loop), len(spills & loop)) for loop in loops],
+        "spills": len(spills.difference(*loops)),
     }
 
 
-def _loops(sass: list[tuple[int, str]]) -> list[list[str]]:
-    """The bodies of backward branches, but for those from code moved behind the end."""
+def _loops(sass: dict[int, str]) -> list[set[int]]:
+    """Addresses in the bodies of backward branches, but for those of code moved behind the end."""
     loops = []
-    for address, instruction in sass:
-        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", instruction)
-        if target and int(target[1], 16) < address:
-            body = [text for at, text in sass if int(target[1], 16) <= at <= address]
-            if not any("EXIT" in text for text in body):
+    for address, instruction in sass.items():
+        branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", instruction)
+        if branch:
+            body = {at for at in sass if int(branch[1], 16) <= at <= address}
+            if len(body) >= FEWEST_INSTRUCTIONS and not any("EXIT" in sass[at] for at in body):
                 loops.append(body)
-    return loops
-
-
-def _spills(instruction: str) -> bool:
-    return re.search(r"\b(STL|LDL)\b", instruction) is not None
+    return sorted(loops, key=len, reverse=True)
 
 
 def _disassemble(cubin: bytes, *options: str) -> str:
@@ -195,5 +191,5 @@ def _launch(operation: str, preset: str, head_dim: int) -> None:
 if __name__ == "__main__":
     # A folder of its own: what is measured is what the compiler at hand makes of the kernels.
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = str(Path(cache))
+        os.environ["TRITON_CACHE_DIR"] = cache
         print(json.dumps(compile_for(int(sys.argv[1])), indent=2))

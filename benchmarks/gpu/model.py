@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import typer
-from oscar_kv.integrations.graph import DecodeGraph
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -44,6 +43,7 @@ from benchmarks.gpu.timing import (
     summarize,
     time_replays,
 )
+from oscar_kv.integrations.graph import DecodeGraph
 
 CONFIG = Path(__file__).parent.parent / "configs" / "llama_8b.json"
 K = 1024

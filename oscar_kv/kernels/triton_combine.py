@@ -68,13 +68,13 @@ def combine_parts(
     maximum = tl.load(maxima + part * 2, mask=part < parts, other=BLIND)
     normalizer = tl.load(maxima + part * 2 + 1, mask=part < parts, other=0.0)
     largest = tl.max(maximum, 0)
+    added = 0.0
     if has_sink_logits:
         head = row // num_queries % (page.num_kv_heads * group)
         logit = tl.load(sink_logits + head).to(tl.float32) * LOG2_E
         largest = tl.maximum(largest, logit)
-    total = tl.sum(normalizer * tl.exp2(maximum - largest), 0)
-    if has_sink_logits:
-        total += tl.exp2(logit - largest)
+        added = tl.exp2(logit - largest)
+    total = tl.sum(normalizer * tl.exp2(maximum - largest), 0) + added
 
     channel = a[:, None] * inner_size + b[None, :]
     there = (a < outer_size)[:, None] & (b < inner_size)[None, :]

@@ -1,3 +1,5 @@
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# (a tuple that grows in an unrolled loop is not the empty one it began as)
 """The rotated queries of a decode step as operands of the matrix unit, made inside the kernel.
 
 A head_dim that is a power of two has the rotation ``H_{D/16} x H_16 / sqrt(D)``: one product with

@@ -89,9 +89,7 @@ def _unpack_kernel(pages, keys, values, key_signs, value_signs, spec: tl.constex
     signs = _load_signs(value_signs, spec.value_width, page.value_dim)
     codes = (base + page.value_codes).to(tl.pointer_type(tl.int16))
     codes += (group * page.value_group + inside) * TOKENS + word
-    factor = spec.value_unit
-    if page.value_unit >= 0:
-        factor *= tl.load((base + page.value_unit).to(tl.pointer_type(tl.float32)))
+    factor = spec.value_unit * tl.load((base + page.value_unit).to(tl.pointer_type(tl.float32)))
     for p in range(NUM_PLANES):
         token = TOKENS * p + tl.arange(0, TOKENS)
         entry = 2 * (group * PAGE + slot(token)[:, None])

@@ -1,0 +1,111 @@
+"""What the kernels compile to stays within bounds, for GPUs that are not at hand.
+
+A change that costs a kernel registers, shared memory or instructions passes every other test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = Path(__file__).parent
+
+
+class Budget(NamedTuple):
+    """The most a kernel may take; see ``measure`` in ``compile_only.py``."""
+
+    registers: int
+    shared: int
+    loops: tuple[tuple[int, int], ...] = ()
+    spills: int = 0
+
+
+def page_loop(slots: float, head_dim: int) -> int:
+    """Instructions for a page if 512 codes may take ``slots``; it has ``2 * 128 * head_dim``."""
+    return int(slots * head_dim / 2)
+
+
+# A little above what Triton 3.6 and 3.9 compile, whichever is more. They protect
+# - of decode, the instructions per code, which bound its speed wherever memory does not, and the
+#   programs that fit on an SM: 168 registers are twelve, and shared memory is the scarcer one;
+# - of extend, two programs per SM (228 KiB on sm_90, 164 KiB on sm_80), and its loops over pages
+#   with and without hidden tokens, and over full-precision tokens;
+# - of pack and append, which have 255 registers, that no more of them spill;
+# - of what rotates and combines, the time before and after the kernel that counts.
+COMBINE_128 = Budget(128, 2048, ((540, 0), (520, 0)))
+BUDGETS = {
+    90: {
+        "decode compact 128: decode_part": Budget(168, 22000, ((page_loop(26, 128), 8),), 32),
+        "decode compact 128: combine_parts": COMBINE_128,
+        "decode quality 128: decode_part": Budget(168, 29000, ((page_loop(37, 128), 22),), 48),
+        "decode quality 128: combine_parts": COMBINE_128,
+        "decode paper 128: decode_part": Budget(168, 34000, ((page_loop(38, 128), 46),), 70),
+        "decode paper 128: combine_parts": COMBINE_128,
+        "decode high 128: decode_part": Budget(168, 29500, ((page_loop(32.5, 128), 8),), 36),
+        "decode high 128: combine_parts": COMBINE_128,
+        "decode compact 64: decode_part": Budget(168, 12000, ((page_loop(33.5, 64), 0),), 4),
+        "decode compact 64: combine_parts": Budget(80, 1024, ((300, 0), (290, 0))),
+        "decode compact 96: rotate_kernel": Budget(144, 65536),
+        "decode compact 96: decode_part": Budget(168, 16000, ((page_loop(28, 96), 2),), 20),
+        "decode compact 96: combine_parts": Budget(240, 2048, ((840, 0), (840, 0)), 8),
+        "pack compact 128: pack_kernel": Budget(255, 65536, (), 115),
+        "append compact 128: append_kernel": Budget(255, 65536, (), 110),
+        "extend compact 128: rotate_kernel": Budget(144, 65536),
+        "extend compact 128: extend_kernel": Budget(
+            255, 114688, ((1620, 32), (1050, 4), (700, 4)), 145
+        ),
+        "unpack compact 128: unpack_kernel": Budget(184, 49152, ((1200, 0), (1020, 0)), 4),
+    },
+    80: {
+        "decode compact 128: decode_part": Budget(168, 22000, ((page_loop(30, 128), 0),), 8),
+        "decode compact 128: combine_parts": Budget(168, 2048, ((540, 0), (520, 0))),
+        "pack compact 128: pack_kernel": Budget(255, 36864, (), 680),
+        "append compact 128: append_kernel": Budget(255, 36864, (), 610),
+        "extend compact 128: rotate_kernel": Budget(255, 65536),
+        "extend compact 128: extend_kernel": Budget(
+            255, 81920, ((3400, 130), (2940, 110), (1060, 40)), 390
+        ),
+    },
+}
+
+
+def test_kernels_compile_within_their_budgets():
+    running = [_compile(arch) for arch in BUDGETS]
+    outputs = [process.communicate() for process in running]
+    excesses = []
+    for arch, process, (output, errors) in zip(BUDGETS, running, outputs):
+        assert process.returncode == 0, errors
+        measured = json.loads(output)
+        assert measured.keys() == BUDGETS[arch].keys()
+        excesses += [
+            f"sm_{arch} {name}: {figures} is more than {BUDGETS[arch][name]}"
+            for name, figures in measured.items()
+            if not _within(figures, BUDGETS[arch][name])
+        ]
+    assert not excesses, "\n".join(excesses)
+
+
+def _compile(arch: int) -> subprocess.Popen[str]:
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("TRITON_")}
+    paths = [str(TESTS.parent), str(TESTS), *filter(None, [environment.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "tests/compile_only.py", str(arch)],
+        cwd=TESTS.parent,
+        env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _within(figures: dict, budget: Budget) -> bool:
+    loops = [tuple(loop) for loop in figures["loops"]]
+    return (
+        all(figures[name] <= getattr(budget, name) for name in ("registers", "shared", "spills"))
+        and len(loops) <= len(budget.loops)
+        and all(a <= b and c <= d for (a, c), (b, d) in zip(loops, budget.loops))
+    )
