@@ -139,7 +139,7 @@ def test_pages_of_very_different_values(metadata: str) -> None:
 
 
 def test_parts_of_a_long_prefix_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_extend, "_multiprocessors", lambda device: 4)
+    monkeypatch.setattr(triton_extend, "multiprocessors", lambda device: 4)
     config = dataclasses.replace(OscarConfig.compact(), sink_tokens=3)
     packed = packed_states(config, 64, lengths=(1700, 700), heads=1)
     assert triton_extend._parts(2, packed.block_table.shape[1], packed.device) > 2

@@ -15,14 +15,15 @@ from oscar_kv.core.rotation import rotation_factors
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.kernels.triton_attend import BLIND, LOG2_E, attend_dense, attend_pages
 from oscar_kv.kernels.triton_combine import combine_parts
-from oscar_kv.kernels.triton_device import capability, multiprocessors
-from oscar_kv.kernels.triton_page import PAGE, TOKENS, page_spec
+from oscar_kv.kernels.triton_device import capability, multiprocessors, shared_memory
+from oscar_kv.kernels.triton_page import PAGE, TOKENS, PageSpec, page_spec
 from oscar_kv.kernels.triton_query import query_segments
 from oscar_kv.kernels.triton_rotate import rotate_queries
 from oscar_kv.storage.packed import PackedKV
 
-# Programs that share the pages, per SM: a little fewer than fit, the rest is for dense tokens.
-_PROGRAMS_PER_SM = 8
+# Of the programs that fit an SM, so many share the pages; the rest is for dense tokens.
+_SHARE_FOR_PAGES = 0.8
+_MOST_PER_SM = 12  # by registers
 # Pages per program: more make the last ones late; one alone does not pay where there are many.
 _MOST_PAGES = 16
 _MANY_PAGES = 96
@@ -53,7 +54,7 @@ def decode(
     # Launched before what they wait for has finished, they start sooner.
     early = capability(device) >= (9, 0)
     launch = {"launch_pdl": True} if early else {}
-    page_splits = _page_splits(packed, column_blocks)
+    page_splits = _page_splits(packed, page, columns, column_blocks)
     tail_blocks = -(-packed.most_tail_tokens // tokens)
     has_new = new_keys is not None
     sink_blocks = -(-packed.sink_keys.shape[2] // tokens)
@@ -142,13 +143,17 @@ def decode(
     return out
 
 
-def _page_splits(packed: PackedKV, column_blocks: int) -> int:
+def _page_splits(packed: PackedKV, page: PageSpec, columns: int, column_blocks: int) -> int:
     """Programs that share the pages of one sequence, KV head and block of columns."""
     pages = packed.most_pages
     if not pages:
         return 0
     others = packed.batch_size * packed.layout.num_kv_heads * column_blocks
-    at_once = max(1, _PROGRAMS_PER_SM * multiprocessors(packed.device) // others)
+    # Two pages on their way, and the query folded with every key group.
+    shared = 2 * page.page_bytes + 2 * columns * page.head_dim * page.key_groups + 2048
+    fitting = min(_MOST_PER_SM, shared_memory(packed.device) // shared)
+    programs = max(1, int(_SHARE_FOR_PAGES * fitting)) * multiprocessors(packed.device)
+    at_once = max(1, programs // others)
     fewest = 1 if pages < _MANY_PAGES else 2
     each = min(max(-(-pages // at_once), fewest), _MOST_PAGES)
     return -(-pages // each)

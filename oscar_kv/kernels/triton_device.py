@@ -19,3 +19,11 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=8)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of an SM."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor

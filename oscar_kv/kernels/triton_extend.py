@@ -10,13 +10,13 @@ the full-precision tokens (sinks, tail, fresh states) in the original basis.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
 from oscar_kv.kernels.masking import Visibility
+from oscar_kv.kernels.triton_device import multiprocessors
 from oscar_kv.kernels.triton_extend_kernel import combine_rows, extend_kernel
 from oscar_kv.kernels.triton_page import PageSpec, page_spec
 from oscar_kv.kernels.triton_rotate import rotate_queries, rotation_signs
@@ -145,12 +145,5 @@ def extend(
 
 def _parts(programs: int, pages: int, device: torch.device) -> int:
     """How many programs share the pages of one block of rows, where there are few blocks."""
-    at_once = _PROGRAMS_PER_SM * _multiprocessors(device)
+    at_once = _PROGRAMS_PER_SM * multiprocessors(device)
     return max(1, min(at_once // programs, pages // _FEWEST_PAGES))
-
-
-@lru_cache(maxsize=8)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
