@@ -166,7 +166,9 @@ def _folded_logits(rotated: Tensor, pages: Tensor, layout: PageLayout) -> Tensor
     words = layout.field(pages, "key_codes")
     logits = rotated.new_zeros(())
     for index in range(words.shape[2]):
-        planes = _masked_planes(words[:, :, index], 2)  # [N, H, planes, 16, D]
+        masks = _plane_masks(words.device).view(PLANES, 1, 1)
+        # a 16-bit word masked in place is an unsigned number
+        planes = (words[:, :, index].unsqueeze(2) & masks).view(torch.uint16).float()
         codes = planes.flatten(2, 3).unflatten(2, (-1, group))
         logits = logits + scaled @ codes.mT * 4**index  # [N, H, G, M, group]
     plane_unit = _plane_units(TILE, logits.device).view(-1, 1, group)
@@ -192,19 +194,15 @@ def _folded_values(probs: Tensor, pages: Tensor, layout: PageLayout) -> Tensor:
     output = probs.new_zeros(())
     for index in range(words.shape[2]):
         rows = words[:, :, index].flatten(2, 3)[:, :, : layout.value_dim]
-        codes = _masked_planes(rows, 3).flatten(-2)  # [N, H, E, 128]
+        # Repeated first and masked in one go: rows of 16 words are short for a CPU.
+        rows = rows.unsqueeze(3).expand(-1, -1, -1, PLANES, -1).flatten(3)
+        masks = _plane_masks(rows.device).repeat_interleave(TILE)
+        codes = (rows & masks).view(torch.uint16).float()  # [N, H, E, 128]
         codes = codes.unflatten(2, (-1, layout.value_group))
         output = output + scaled @ codes.mT * 4**index  # [N, H, V, M, value_group]
     output = output + (by_page @ zero.mT).mT.unsqueeze(-1)
     output = output.transpose(2, 3).flatten(3)  # [N, H, M, E]
     return output.unflatten(0, (batch, -1)).sum(1)
-
-
-def _masked_planes(words: Tensor, dim: int) -> Tensor:
-    """float32 ``code * 4**plane`` of int16 ``words``, the eight planes inserted at ``dim``."""
-    masks = _plane_masks(words.device).view(PLANES, *[1] * (words.ndim - dim))
-    # a 16-bit word masked in place is an unsigned number
-    return (words.unsqueeze(dim) & masks).view(torch.uint16).float()
 
 
 @lru_cache(maxsize=8)
