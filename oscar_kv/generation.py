@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from oscar_kv.integrations.graph import DecodeGraph
+from oscar_kv.integrations.graph import DecodeGraph, require_kernels
 from oscar_kv.integrations.transformers import OscarCache, OscarLayer, layer_memory
+from oscar_kv.planner import ModelShape
+from oscar_kv.storage.layout import PageLayout
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -93,11 +95,20 @@ class Token:
 
 def can_be_captured(model: Any, cache: Cache) -> bool:
     """Whether decode steps can run as a CUDA graph: packed attention on a GPU, every layer ours."""
-    return (
-        model.device.type == "cuda"
-        and model.config._attn_implementation == "oscar"
-        and all(isinstance(layer, OscarLayer) for layer in cache.layers)
-    )
+    if (
+        model.device.type != "cuda"
+        or model.config._attn_implementation != "oscar"
+        or not all(isinstance(layer, OscarLayer) for layer in cache.layers)
+    ):
+        return False
+    config = cast(OscarCache, cache).config
+    for layer, _ in ModelShape.from_config(model.config).layers:
+        shape = (layer.head_dim, layer.num_kv_heads, layer.value_head_dim)
+        try:
+            require_kernels(PageLayout(config, *shape), model.device)
+        except ValueError:
+            return False
+    return True
 
 
 @torch.no_grad()

@@ -362,3 +362,26 @@ def test_bad_construction() -> None:
         quantize(KEYS[0], VALUES[0])
     with pytest.raises(ValueError, match="batch_size=0"):
         empty(OscarConfig(), 0)
+
+
+def test_reserved_tokens_are_counted_and_given_up() -> None:
+    packed = filled(OscarConfig.compact(), 300)
+    used, room = packed.pool.used, packed.tail_keys.shape[2]
+    with pytest.raises(ValueError, match="0 are reserved"):
+        packed.advance(1)
+    packed.reserve(10)  # the tail has room for them: no page is needed
+    assert packed.pool.used == used
+    # a kernel may fill the tail before the host hears of it
+    assert packed.most_tail_tokens == room
+    packed.reserve(500)
+    before = packed.nbytes
+    packed.advance(400)
+    assert packed.lengths == [700, 700]
+    assert packed.nbytes == before
+    with pytest.raises(ValueError, match="are reserved"):
+        packed.advance(400)
+    with pytest.raises(ValueError, match="tokens=-1"):
+        packed.reserve(-1)
+    packed.crop(700)
+    assert packed.pool.used == sum(packed.pages_per_sequence)
+    assert packed.most_tail_tokens == max(packed.tails_per_sequence)

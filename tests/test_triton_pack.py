@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oscar_kv import OscarConfig
 from oscar_kv.kernels.triton_append import append
+from oscar_kv.kernels.triton_backend import append_step
 from oscar_kv.kernels.triton_pack import pack_into
 from oscar_kv.kernels.triton_unpack import unpack
 from oscar_kv.storage import codec
@@ -275,3 +276,25 @@ def test_append_refuses_what_it_cannot_do() -> None:
     cache["layout"] = PageLayout(OscarConfig(token_scale="cross_head"), 16, 1)
     with pytest.raises(ValueError, match="cross_head"):
         append(many[:, :, :1], many[:, :, :1], None, **cache)
+
+
+@pytest.mark.parametrize("reserved", [0, 150])
+def test_steps_equal_plain_appends(reserved: int) -> None:
+    """``append_step`` with this kernel against ``append``, pages allocated as needed or before."""
+    keys, values = (x.to(DEVICE) for x in states("gaussian", 2, 2, 300, 32))
+    config = OscarConfig(recent_tokens=16)
+    stepwise, plain = (
+        PackedKV(config, batch_size=2, num_kv_heads=2, head_dim=32, device=DEVICE) for _ in range(2)
+    )
+    for packed in (stepwise, plain):
+        packed.append(keys[:, :, :150], values[:, :, :150])
+    stepwise.reserve(reserved)
+    for begin in range(150, 300, 6):
+        new = keys[:, :, begin : begin + 6], values[:, :, begin : begin + 6]
+        stepwise.append_step(*new, append_step)
+        plain.append(*new)
+    assert stepwise.lengths == plain.lengths
+    assert stepwise.page_counts.tolist() == plain.pages_per_sequence
+    assert stepwise.tail_lengths.tolist() == plain.tails_per_sequence
+    for one, other in zip(stepwise.dense(), plain.dense()):
+        assert relative_error(one, other) < 0.05

@@ -19,6 +19,17 @@ import torch
 from torch import Tensor
 
 from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+from oscar_kv.kernels.dispatch import choose
+from oscar_kv.storage.layout import PageLayout
+
+
+def require_kernels(layout: PageLayout, device: torch.device) -> None:
+    """Raises ValueError unless a decode step over pages of ``layout`` needs nothing of the host."""
+    backend, reason = choose(layout, device)
+    if backend.name == "reference":
+        raise ValueError(f"a CUDA graph needs GPU kernels: {reason}")
+    if layout.config.token_scale == "cross_head" and layout.config.fit == "unbiased":
+        raise ValueError('token_scale="cross_head" with fit="unbiased": no kernel appends that')
 
 
 class DecodeGraph:
@@ -48,11 +59,7 @@ class DecodeGraph:
                     '"oscar", which reads lengths on the device'
                 )
             for packed in cache.packed_layers():
-                if (
-                    packed.layout.config.token_scale == "cross_head"
-                    and packed.config.fit != "minmax"
-                ):
-                    raise ValueError('token_scale="cross_head" with fit="unbiased": no kernel')
+                require_kernels(packed.layout, packed.device)
         self.model, self.cache = model, cache
         self.starts = None if starts is None else starts.to(model.device, torch.int32)
         self._graph: torch.cuda.CUDAGraph | None = None

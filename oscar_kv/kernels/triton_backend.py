@@ -28,7 +28,7 @@ def append(
     """See :func:`oscar_kv.kernels.append`: one launch for a few tokens, packing for many."""
     few = keys.ndim == 4 and keys.shape[2] <= triton_append.MOST_NEW_TOKENS
     if few and supports(packed.layout):
-        return packed.append_step(keys, values, _append_step, lengths=lengths)
+        return packed.append_step(keys, values, append_step, lengths=lengths)
     return packed.append(keys, values, lengths=lengths, pack=pack_into)
 
 
@@ -48,7 +48,8 @@ def attend(
     return kernel(query, packed, new_keys, new_values, scaling, softcap, s_aux, visibility)
 
 
-def _append_step(packed: PackedKV, keys: Tensor, values: Tensor, counts: Tensor | None) -> None:
+def append_step(packed: PackedKV, keys: Tensor, values: Tensor, counts: Tensor | None) -> None:
+    """The kernel's step for :meth:`PackedKV.append_step`."""
     keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (keys, values))
     triton_append.append(
         keys,

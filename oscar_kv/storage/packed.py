@@ -85,6 +85,8 @@ class PackedKV:
         if max_tokens is not None:
             self.pool.make_room(batch_size * self._pages_at(max_tokens))
         self._sequences = [SequenceState() for _ in range(batch_size)]
+        self._device_leads = False
+        """Whether kernels may be ahead of the host's lengths: from `reserve` on."""
 
         def full_precision(tokens: int, channels: int) -> Tensor:
             return torch.zeros(
@@ -156,17 +158,19 @@ class PackedKV:
     @property
     def most_tail_tokens(self) -> int:
         """Likewise, tokens in the tail."""
-        return self.tail_keys.shape[2] if self._has_reserved else max(self.tails_per_sequence)
+        return self.tail_keys.shape[2] if self._device_leads else max(self.tails_per_sequence)
 
     @property
     def fewest_tail_tokens(self) -> int:
         """The fewest tokens in a tail, or that may be in one before the host hears of it."""
         fewest = min(self.tails_per_sequence)
-        return min(fewest, self.config.recent_tokens) if self._has_reserved else fewest
+        return min(fewest, self.config.recent_tokens) if self._device_leads else fewest
 
     @property
     def reserved_tokens(self) -> int:
         """Tokens that every sequence can still take from :meth:`reserve`."""
+        if not self._device_leads:
+            return 0
         return min(
             PAGE_TOKENS * len(s.reserved)
             + (self.config.recent_tokens + PAGE_TOKENS - 1 - s.tail)
@@ -316,6 +320,8 @@ class PackedKV:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             if not uniform:
                 raise ValueError("lengths: expected none while a CUDA graph is captured")
+            if not self._device_leads:
+                raise ValueError("a CUDA graph is captured: call reserve() first")
             step(self, keys, values, None)
             return keys, values
         if self.config.check_finite:
@@ -345,6 +351,7 @@ class PackedKV:
         """
         if tokens < 0:
             raise ValueError(f"tokens={tokens}: expected a number >= 0")
+        self._device_leads = True
         wanted = [self._pages_after(s, tokens) - len(s.pages + s.reserved) for s in self._sequences]
         ids = self.pool.allocate(sum(max(0, missing) for missing in wanted))
         for sequence, missing in zip(self._sequences, wanted):
@@ -518,12 +525,8 @@ class PackedKV:
             sequence.pages += sequence.reserved[:new_pages]
             sequence.reserved = sequence.reserved[new_pages:]
 
-    @property
-    def _has_reserved(self) -> bool:
-        """Whether kernels may be ahead of the host's lengths."""
-        return any(sequence.reserved for sequence in self._sequences)
-
     def _release_reserved(self) -> None:
+        self._device_leads = False
         for sequence in self._sequences:
             self.pool.release(sequence.reserved)
             sequence.reserved = ()
