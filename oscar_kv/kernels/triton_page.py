@@ -377,23 +377,3 @@ def four_e4m3(words, page: tl.constexpr):
 def _one_e4m3(byte):
     moved = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
     return moved.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
-
-
-@triton.jit
-def encode_e4m3(x):
-    """E4M3 bytes (uint8) of float32 ``x``, to nearest even, saturating.
-
-    The inverse of :func:`decode_metadata`, in integer arithmetic so that it runs on every GPU.
-    """
-    magnitude = tl.minimum(tl.abs(x), 448.0)
-    # Adding a power of two whose last mantissa bit weighs as much as E4M3's rounds to it.
-    exponent = (magnitude.to(tl.int32, bitcast=True) >> 23) - 127
-    exponent = tl.maximum(exponent, -6)
-    magic = ((exponent + 20 + 127) << 23).to(tl.float32, bitcast=True)
-    rounded = ((magnitude + magic) - magic).to(tl.int32, bitcast=True)
-    # A normal E4M3 number: its exponent is 120 less than float32's.
-    normal = (rounded >> 20) - (120 << 3)
-    tiny = ((magnitude + 16384.0) - 16384.0) * 512.0
-    code = tl.where((rounded >> 23) >= 121, normal, tiny.to(tl.int32))
-    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return (code | sign).to(tl.uint8)
