@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -326,15 +327,21 @@ def test_pictures(results: Path) -> None:
 
 
 @pytest.fixture
-def tiny() -> Any:
-    """A Llama of two layers."""
+def tiny() -> Iterator[Any]:
+    """A Llama of two layers, compiled as in the benchmark, except that nothing is generated."""
     from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from oscar_kv.integrations.compile import compile_layers
 
     config = LlamaConfig(
         hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, vocab_size=64,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
+    torch.compiler.reset()
+    compile_layers(model, backend="eager")
+    yield model
+    torch.compiler.reset()
 
 
 @needs_kernels
@@ -345,7 +352,8 @@ def test_the_static_cache_decodes_as_transformers_does(tiny: Any) -> None:
     exact = side.exact(side.filled(2, 192, 200))
     ids = torch.arange(6).view(3, 2, 1)
     tiny.set_attn_implementation("sdpa")
-    expected = [tiny(step, past_key_values=exact).logits for step in ids]
+    with torch.compiler.set_stance("force_eager"):
+        expected = [tiny(step, past_key_values=exact).logits for step in ids]
     side.serve(cache)
     found = [tiny(step, past_key_values=cache).logits for step in ids]
     for a, b in zip(found, expected):
@@ -354,3 +362,21 @@ def test_the_static_cache_decodes_as_transformers_does(tiny: Any) -> None:
     assert cache.lengths.tolist() == [195, 195]
     assert side.attention_error(cache) < 2e-3
     assert side.bytes_read(cache) == 195 * 2 * 2 * 2 * 2 * 64 * 2
+
+
+@needs_kernels
+@torch.no_grad()
+def test_rows_of_the_model_share_what_is_compiled(tiny: Any) -> None:
+    """Else compiling would take the benchmark's time or, beyond Dynamo's limit, not happen."""
+
+    def step(batch: int, context: int) -> None:
+        for side in (sides.Bf16(tiny), sides.Oscar(tiny, "compact")):
+            cache = side.filled(batch, context, context + 8)
+            side.serve(cache)
+            tiny(torch.ones(batch, 1, dtype=torch.long), past_key_values=cache)
+
+    for batch in (2, 1, 3):
+        step(batch, 40)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        step(1, 140)
+        step(4, 40)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from oscar_kv import OscarCache, OscarConfig, decode_attention
 from oscar_kv.generation import can_be_captured, continuation
+from oscar_kv.integrations.compile import compile_layers
 from oscar_kv.integrations.graph import DecodeGraph
 from oscar_kv.kernels.triton_page import high_planes, plane
 
@@ -85,6 +86,24 @@ def test_replayed_steps_equal_eager_ones(preset: str) -> None:
 
     with pytest.raises(ValueError, match="are reserved"):
         run_out()
+
+
+@needs_gpu
+@torch.no_grad()
+def test_compiled_layers_are_captured() -> None:
+    """Compiled in the first step, also where the prompt was not."""
+    model = tiny_model("cuda")
+    compile_layers(model)
+    steps = torch.randint(0, 300, (5, 1, 1), device="cuda")
+    eager, captured = OscarCache(CONFIG), OscarCache(CONFIG)
+    with torch.compiler.set_stance("force_eager"):
+        for cache in (eager, captured):
+            model(torch.ones(1, 253, dtype=torch.long, device="cuda"), past_key_values=cache)
+        expected = [model(step, past_key_values=eager).logits[:, -1] for step in steps]
+    captured.reserve(len(steps))
+    graph = DecodeGraph(model, captured)
+    for step, wanted in zip(steps, expected):
+        assert torch.linalg.vector_norm(graph(step) - wanted) <= 5e-3 * wanted.norm()
 
 
 @needs_gpu

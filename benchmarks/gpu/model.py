@@ -5,13 +5,16 @@
 A Llama-3.1-8B-shaped model (``benchmarks/configs/llama_8b.json``) with random BF16 weights; what
 it says does not matter, what it costs does. Both sides decode in the same loop, greedily, one CUDA
 graph replay (`DecodeGraph`) and one argmax per step: the BF16 side over `static_cache.py`, ours
-over ``OscarCache(max_tokens=...)``. Caches are filled with random states through ``update``, not
-by a prefill.
+over ``OscarCache(max_tokens=...)``. What surrounds cache and attention in a decoder layer is
+compiled (`compile_layers`), the same code for both: otherwise dozens of small kernels per layer,
+which no cache makes faster, would hide what is compared. Caches are filled with random states
+through ``update``, not by a prefill.
 
 Before anything is compared, the logits of both graphs at a short context are checked against the
-same model attending with PyTorch's SDPA over the same states; and in every row the attention of the
-last layer is checked against the float64 oracle, at the shape and on the cache just timed. The
-roofline is the weights and the KV cache, each read once at the measured read bandwidth.
+same model, not compiled, attending with PyTorch's SDPA over the same states; and in every row the
+attention of the last layer is checked against the float64 oracle, at the shape and on the cache
+just timed. The roofline is the weights and the KV cache, each read once at the measured read
+bandwidth.
 
 ``latency`` rows: one sequence. ``throughput`` rows: the largest batch that fits, found by
 arithmetic on free memory and verified by running it, and both sides at BF16's largest batch.
@@ -43,6 +46,7 @@ from benchmarks.gpu.timing import (
     summarize,
     time_replays,
 )
+from oscar_kv.integrations.compile import compile_layers
 from oscar_kv.integrations.graph import DecodeGraph
 
 CONFIG = Path(__file__).parent.parent / "configs" / "llama_8b.json"
@@ -80,7 +84,8 @@ def logits_error(side: Side, batch: int = 2, context: int = K, steps: int = 3) -
     twin = side.exact(side.filled(batch, context, context + SPARE_TOKENS))
     side.model.set_attn_implementation("sdpa")
     ids = torch.arange(1, batch * steps + 1, device=side.device).view(steps, batch, 1)
-    expected = [side.model(step, past_key_values=twin).logits[:, -1] for step in ids]
+    with torch.compiler.set_stance("force_eager"):
+        expected = [side.model(step, past_key_values=twin).logits[:, -1] for step in ids]
     side.serve(cache)
     graph = DecodeGraph(side.model, cache)
     found = [graph(step).clone() for step in ids]
@@ -211,10 +216,13 @@ def main(
     ceiling = ceilings()
     config = AutoConfig.from_pretrained(CONFIG)
     model = build(config, device())
+    compile_layers(model)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than measure eager layers
     settings: dict[str, Any] = {
         "model": CONFIG.name,
         "preset": preset,
         "dtype": "bfloat16",
+        "compiled": "decoder layers of both sides, around cache and attention",
         "weight_bytes": weight_bytes(model),
         "logits_tolerance": LOGITS_TOLERANCE,
         "quick": quick,

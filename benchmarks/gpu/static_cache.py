@@ -8,7 +8,7 @@ capacity through a mask, and be slower.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from benchmarks.gpu import baselines
 from benchmarks.gpu.splitk import SplitK
 from benchmarks.gpu.timing import copies_for
+from oscar_kv.integrations.compile import untraced
 
 ATTENTION = "bf16_static"
 """The name of its attention function."""
@@ -46,7 +47,11 @@ class StaticLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores states ``[B, H, T, D]``: a prompt behind `length`, a step as `lengths` say."""
+        """Stores states ``[B, H, T, D]``: a prompt behind `length`, a step as `lengths` say.
+
+        Returns them as they came: `attend` finds what is stored, and a model that is compiled
+        would be compiled again for tensors of another capacity.
+        """
         assert self.keys is not None
         assert self.values is not None
         batch, heads, tokens, dim = key_states.shape
@@ -59,7 +64,7 @@ class StaticLayer(CacheLayerMixin):
                 key_states.contiguous(), value_states.contiguous(), self.keys, self.values,
                 self.cache.lengths, self.keys.shape[2], heads, dim,  # pyright: ignore[reportArgumentType]
             )  # fmt: skip
-        return self.keys, self.values
+        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.length + query_length, 0
@@ -80,6 +85,9 @@ class StaticCache(Cache):
         capacity: tokens of each.
     """
 
+    served: ClassVar[StaticCache]
+    """A weak proxy of the cache that `serve` was called on last."""
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -98,6 +106,7 @@ class StaticCache(Cache):
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         super().__init__([StaticLayer(self, shape) for _ in range(config.num_hidden_layers)])
 
+    @untraced
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -137,20 +146,24 @@ class StaticCache(Cache):
         cold = self.states[: copies_for(2 * keys.nbytes)]
         launch = baselines.tuned(query, cold, self.lengths)
         self.kernel = SplitK(batch, self.heads, kv_heads, dim, launch, keys.device)
-        current = weakref.proxy(self)  # the registry must not keep the memory
-
-        def attention(
-            module: Any, query: Tensor, *states: Any, scaling: float | None = None, **kwargs: Any
-        ) -> tuple[Tensor, None]:
-            return current.attend(query, module.layer_idx, scaling).transpose(1, 2), None
-
-        AttentionInterface.register(ATTENTION, attention)
+        StaticCache.served = weakref.proxy(self)
         model.set_attn_implementation(ATTENTION)
 
     def attend(self, query: Tensor, layer_idx: int, scaling: float | None = None) -> Tensor:
         """Attention ``[B, Hq, 1, D]`` over what one layer holds."""
         assert self.kernel is not None, "serve() comes first"
         return self.kernel(query, *self.states[layer_idx], self.lengths, scaling)
+
+
+@untraced
+def _attention(
+    module: Any, query: Tensor, *states: Any, scaling: float | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """One function for all caches: a model that is compiled would be compiled again for another."""
+    return StaticCache.served.attend(query, module.layer_idx, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
 
 
 def _capturing(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from oscar_kv.core.attention import attention
+from oscar_kv.integrations.compile import untraced
 from oscar_kv.integrations.lazy import AttentionView, LazyStates
 from oscar_kv.kernels import extend_attention
 
@@ -25,6 +26,7 @@ def register() -> None:
     AttentionMaskInterface.register("oscar", oscar_mask)
 
 
+@untraced
 def oscar_attention_forward(
     module: torch.nn.Module,
     query: Tensor,

@@ -8,7 +8,8 @@
         ids = logits.argmax(-1, keepdim=True)
         logits = step(ids)
 
-The cache decides on the device when a page is complete, so one graph serves every step.
+The cache decides on the device when a page is complete, so one graph serves every step. A graph
+runs as many kernels as the model does: `compile_layers` (``compile.py``) makes them fewer.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def require_kernels(layout: PageLayout, device: torch.device) -> None:
 class DecodeGraph:
     """One decode step of a model over a cache that holds the prompt.
 
-    The first call runs the step as it is, which compiles its kernels, and captures it; later calls
-    replay it.
+    The first call runs the step as it is, which compiles what there is to compile, and captures it;
+    later calls replay it.
 
     Args:
         model: a causal language model on a CUDA device; with an :class:`OscarCache` its attention
@@ -112,7 +113,8 @@ class DecodeGraph:
             logits = self._step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What is compiled has been by now; while capturing it could not be.
+        with torch.compiler.set_stance("fail_on_recompile"), torch.cuda.graph(graph):
             self._logits = self._step()
             if isinstance(self.cache, OscarCache):
                 self._zeros = self.cache.stored_as_zeros

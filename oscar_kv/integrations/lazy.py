@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from oscar_kv.integrations.compile import untraced
 from oscar_kv.storage.packed import PackedKV
 
 
@@ -85,6 +86,7 @@ class LazyStates(Tensor):
     def __repr__(self, *args: Any, **kwargs: Any) -> str:
         return f"LazyStates({('keys', 'values')[self.part]}, shape={tuple(self.shape)})"
 
+    @untraced
     def plain(self) -> Tensor:
         """The dequantized states, shared by all who ask."""
         return self.view_of.dense[self.part]

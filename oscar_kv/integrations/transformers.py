@@ -23,6 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.config import OscarConfig
 from oscar_kv.integrations import attention_function
+from oscar_kv.integrations.compile import untraced
 from oscar_kv.integrations.lazy import AttentionView, LazyStates
 from oscar_kv.kernels import append
 from oscar_kv.storage.layout import PageLayout
@@ -186,6 +187,7 @@ class OscarCache(Cache):
         super().__init__(layers=layers, offloading=offloading)
         self._torn = False
 
+    @untraced
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
