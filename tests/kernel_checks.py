@@ -122,7 +122,7 @@ def check(
 HEAD_DIMS = ((64, None), (80, None), (96, None), (112, None), (128, None), (192, 128), (256, None))
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "scaling": {"scaling": 0.3},
+    "scaling": {"scaling": 0.2},
     "negative scaling": {"scaling": -0.1},
     "softcap": {"softcap": 2.0},
     "sliding window": {"sliding_window": 70},

@@ -40,3 +40,11 @@ def test_a_backend_that_declines_is_passed_over(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OSCAR_KV_BACKEND", "picky")
     with pytest.raises(ValueError, match="only on Sundays"):
         choose(LAYOUT, CPU)
+
+
+def test_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OSCAR_KV_BACKEND", raising=False)
+    assert "cuda: needs an NVIDIA GPU, not cpu; " in choose(LAYOUT, CPU)[1]
+    monkeypatch.setenv("OSCAR_KV_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="OSCAR_KV_BACKEND='cuda': needs an NVIDIA GPU, not cpu"):
+        choose(LAYOUT, CPU)

@@ -89,8 +89,19 @@ def _not_for_triton(layout: PageLayout, device: torch.device) -> str | None:
     return None
 
 
+def _not_for_cuda(layout: PageLayout, device: torch.device) -> str | None:
+    from oscar_kv.kernels import cuda_decode, cuda_driver
+
+    if device.type != "cuda":
+        return f"needs an NVIDIA GPU, not {device.type}"
+    return (
+        _not_for_triton(layout, device) or cuda_driver.missing() or cuda_decode.unsupported(layout)
+    )
+
+
 # In order of preference; the reference takes everything and comes last.
 BACKENDS: tuple[Backend, ...] = (
+    Backend("cuda", "oscar_kv.kernels.cuda_backend", _not_for_cuda),
     Backend("triton", "oscar_kv.kernels.triton_backend", _not_for_triton),
     Backend("reference", "oscar_kv.kernels.reference", lambda layout, device: None),
 )

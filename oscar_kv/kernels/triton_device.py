@@ -27,3 +27,11 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+@lru_cache(maxsize=8)
+def block_shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block can have."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

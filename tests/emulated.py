@@ -1,0 +1,61 @@
+"""The CUDA kernels on a CPU: their sources, compiled by g++ against ``tests/emulator``."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oscar_kv.kernels import cuda_decode
+from oscar_kv.kernels.cuda_driver import SOURCES, Program
+
+COMPILER = shutil.which("g++")
+EMULATOR = Path(__file__).parent / "emulator"
+
+
+def decode(*arguments: Any, work: cuda_decode.Plan | None = None) -> Tensor:
+    """:func:`oscar_kv.kernels.cuda_decode.decode` on a CPU."""
+    torch.use_deterministic_algorithms(True)  # empty tensors, for kernels to fill, are full of NaN
+    try:
+        return cuda_decode.decode(*arguments, work=work, run=run)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run(program: Program, argument: ctypes.Structure, blocks: int, *_: object) -> None:
+    """:class:`oscar_kv.kernels.cuda_driver.Run` on a CPU.
+
+    Raises:
+        RuntimeError: for a mistake that the emulator notices.
+    """
+    emulate = build(program.name, program.constants).emulate
+    emulate.restype = ctypes.c_char_p
+    mistake = emulate(ctypes.byref(argument), blocks, program.threads, program.shared_memory)
+    if mistake:
+        raise RuntimeError(f"{program.name}: {mistake.decode()}")
+
+
+@lru_cache(maxsize=256)
+def build(
+    name: str, constants: tuple[tuple[str, object], ...], sources: Path = SOURCES
+) -> ctypes.CDLL:
+    """``emulator/emulate.cpp`` with the kernel of ``<sources>/<name>.cu``."""
+    with tempfile.TemporaryDirectory(prefix="oscar_kv_emulated_") as folder:
+        target = f"{folder}/{name}.so"
+        subprocess.run(
+            [
+                str(COMPILER), "-O1", "-std=c++17", "-shared", "-fPIC", "-Wno-unknown-pragmas",
+                f"-I{EMULATOR}", f"-I{sources}", f'-DSOURCE="{name}.cu"', f"-DKERNEL={name}",
+                *(f"-D{key}={value}" for key, value in constants),
+                str(EMULATOR / "emulate.cpp"), "-o", target,
+            ],
+            check=True,
+        )  # fmt: skip
+        return ctypes.CDLL(target)
