@@ -1,4 +1,4 @@
-"""The reference backend on a GPU: the same pages, the same attention, no backend of its own."""
+"""Pages made on a CPU and on a GPU, attended by the backend that each of them prefers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def test_pages_and_attention_agree_with_the_cpu(preset: str, head_dim: int) -> N
     assert on_gpu.pages_per_sequence == on_cpu.pages_per_sequence
     queries = [torch.randn(4, 6, tokens, head_dim) for tokens in (1, 20)]
     expected = [extend_attention(query, on_cpu) for query in queries]
-    moved = on_cpu.to("cuda")  # the same bytes; quantizing on the GPU may differ at ties
-    for packed, tolerance in ((moved, 1e-4), (on_gpu, 0.02)):
+    # The same bytes, attended with float16 operands; quantizing on the GPU may differ at ties.
+    moved = on_cpu.to("cuda")
+    for packed, tolerance in ((moved, 2e-3), (on_gpu, 0.02)):
         for query, wanted in zip(queries, expected):
             out = extend_attention(query.cuda(), packed).cpu()
             assert torch.linalg.vector_norm(out - wanted) < tolerance * wanted.norm()

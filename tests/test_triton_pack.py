@@ -203,7 +203,7 @@ def device_cache(packed: PackedKV, pages: int) -> dict[str, Any]:
     [
         (0, 0, 1, 130, False, {}),
         (128, 5, 16, 26, False, {}),
-        (40, 0, 3, 100, True, {"value_group": 8}),
+        (40, 0, 3, 200, True, {"value_group": 8}),
         (0, 5, 16, 36, True, {}),
         (0, 0, 16, 25, True, {**MINMAX, "metadata": "fp16"}),
         (40, 5, 16, 24, True, MINMAX),
