@@ -216,13 +216,13 @@ def main(
     ceiling = ceilings()
     config = AutoConfig.from_pretrained(CONFIG)
     model = build(config, device())
-    compile_layers(model)
+    compile_layers(model, options={"coordinate_descent_tuning": True})
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than measure eager layers
     settings: dict[str, Any] = {
         "model": CONFIG.name,
         "preset": preset,
         "dtype": "bfloat16",
-        "compiled": "decoder layers of both sides, around cache and attention",
+        "compiled": "decoder layers of both sides, around cache and attention, tuned",
         "weight_bytes": weight_bytes(model),
         "logits_tolerance": LOGITS_TOLERANCE,
         "quick": quick,
