@@ -2,8 +2,8 @@
 
     python tests/compile_only.py 90
 
-The backend's own functions launch them, on tensors that lie in CPU memory; a driver without a
-device has every launch compile its kernel for the architecture and leave it at that. In a process
+The Triton backend's own functions launch them, on tensors that lie in CPU memory; a driver without
+a device has every launch compile its kernel for the architecture and leave it at that. In a process
 of its own: Triton's interpreter has to be off before a kernel is imported.
 """
 
@@ -28,7 +28,10 @@ from triton.runtime.jit import JITFunction
 
 from oscar_kv import OscarConfig
 from oscar_kv.kernels import triton_backend as backend
+from oscar_kv.kernels.cuda_decode import combine_program, decode_program
+from oscar_kv.kernels.cuda_driver import Program, compile_program
 from oscar_kv.kernels.masking import Visibility
+from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
 
 MULTIPROCESSORS = {80: 108, 90: 132}
@@ -56,6 +59,12 @@ CASES = {
         ("unpack", "compact", 128),
     ],
 }
+
+CUDA_CASES = [  # preset, head size and warps that share a page
+    *(("compact", 128, team) for team in (1, 2, 4)),
+    *((preset, 128, team) for preset in ("quality", "paper", "high") for team in (1, 2, 4)),
+    ("compact", 64, 1),
+]
 
 
 class Driver:
@@ -91,7 +100,7 @@ def compile_for(arch: int) -> dict[str, dict[str, Any]]:
         launches.clear()
         _launch(operation, preset, head_dim)
         for name, compiled in launches:
-            figures = measure(compiled)
+            figures = measure(compiled.asm["cubin"], compiled.metadata.shared)
             if name == "decode_part":  # one warp, a page at a time
                 instructions, _ = figures["loops"][0]
                 figures["slots_per_512_codes"] = round(instructions / (head_dim / 2), 1)
@@ -99,14 +108,33 @@ def compile_for(arch: int) -> dict[str, dict[str, Any]]:
     return report
 
 
-def measure(compiled: Any) -> dict[str, Any]:
+def compile_cuda(arch: int) -> dict[str, dict[str, Any]]:
+    """Likewise for the kernels in CUDA C++."""
+
+    def compile_and_measure(program: Program) -> dict[str, Any]:
+        return measure(compile_program(program, f"sm_{arch}"), program.shared_memory)
+
+    report = {}
+    for preset, head_dim, team in CUDA_CASES:
+        layout = PageLayout(OscarConfig.preset(preset), head_dim, KV_HEADS)
+        figures = compile_and_measure(decode_program(layout, torch.bfloat16, team))
+        instructions, _ = figures["loops"][0]  # of a warp, for its share of a page
+        figures["slots_per_512_codes"] = round(team * instructions / (head_dim / 2), 1)
+        report[f"CUDA decode {preset} {head_dim}: team of {team}"] = figures
+    for value_dim in (64, 128):
+        program = combine_program(value_dim, torch.bfloat16)
+        report[f"CUDA combine {value_dim}"] = compile_and_measure(program)
+    return report
+
+
+def measure(cubin: bytes, shared: int) -> dict[str, Any]:
     """What a compiled kernel takes.
 
     ``shared`` is in bytes. ``loops`` has a pair for each loop worth the name, largest first: its
     instructions, and those of them that spill registers or fetch them back. ``spills`` are the
     ones outside of these loops.
     """
-    code = _disassemble(compiled.asm["cubin"], "--dump-resource-usage", "-sass")
+    code = _disassemble(cubin, "--dump-resource-usage", "-sass")
     registers = re.search(r"REG:(\d+)", code)
     assert registers, code
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
@@ -115,7 +143,7 @@ def measure(compiled: Any) -> dict[str, Any]:
     loops = _loops(sass)
     return {
         "registers": int(registers[1]),
-        "shared": compiled.metadata.shared,
+        "shared": shared,
         "loops": [(len(loop), len(spills & loop)) for loop in loops],
         "spills": len(spills.difference(*loops)),
     }
@@ -192,4 +220,5 @@ if __name__ == "__main__":
     # A folder of its own: what is measured is what the compiler at hand makes of the kernels.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        print(json.dumps(compile_for(int(sys.argv[1])), indent=2))
+        arch = int(sys.argv[1])
+        print(json.dumps(compile_for(arch) | compile_cuda(arch), indent=2))

@@ -29,9 +29,20 @@ def page_loop(slots: float, head_dim: int) -> int:
     return int(slots * head_dim / 2)
 
 
+def cuda_decode(slots: float, head_dim: int, team: int, shared: int) -> Budget:
+    """The same codes in CUDA C++, where ``team`` warps take a page; ``shared`` is in KiB.
+
+    There are two blocks of 128 threads on an SM, with 255 registers each.
+    """
+    beside_pages = ((310, 0), (235, 0), (235, 0), (165, 0))
+    return Budget(255, shared << 10, ((page_loop(slots / team, head_dim), 0), *beside_pages))
+
+
 # A little above what Triton 3.6 and 3.9 compile, whichever is more. They protect
 # - of decode, the instructions per code, which bound its speed wherever memory does not, and the
 #   programs that fit on an SM: 168 registers are twelve, and shared memory is the scarcer one;
+# - of decode in CUDA C++, which NVRTC 13.0 compiles, the same, and that two blocks fit on an SM
+#   (113 KiB each on sm_90, 81 KiB on sm_80) or at least one (163 KiB on sm_80);
 # - of extend, two programs per SM (228 KiB on sm_90, 164 KiB on sm_80), and its loops over pages
 #   with and without hidden tokens, and over full-precision tokens;
 # - of pack and append, which have 255 registers, that no more of them spill;
@@ -59,6 +70,21 @@ BUDGETS = {
             255, 114688, ((1620, 32), (1050, 4), (700, 4)), 145
         ),
         "unpack compact 128: unpack_kernel": Budget(184, 49152, ((1200, 0), (1020, 0)), 4),
+        "CUDA decode compact 128: team of 1": cuda_decode(27, 128, 1, 113),
+        "CUDA decode compact 128: team of 2": cuda_decode(35.5, 128, 2, 113),
+        "CUDA decode compact 128: team of 4": cuda_decode(48, 128, 4, 113),
+        "CUDA decode quality 128: team of 1": cuda_decode(33.5, 128, 1, 113),
+        "CUDA decode quality 128: team of 2": cuda_decode(39.5, 128, 2, 113),
+        "CUDA decode quality 128: team of 4": cuda_decode(47.5, 128, 4, 113),
+        "CUDA decode paper 128: team of 1": cuda_decode(37.5, 128, 1, 113),
+        "CUDA decode paper 128: team of 2": cuda_decode(44.5, 128, 2, 113),
+        "CUDA decode paper 128: team of 4": cuda_decode(52, 128, 4, 113),
+        "CUDA decode high 128: team of 1": cuda_decode(33, 128, 1, 113),
+        "CUDA decode high 128: team of 2": cuda_decode(42.5, 128, 2, 113),
+        "CUDA decode high 128: team of 4": cuda_decode(57, 128, 4, 113),
+        "CUDA decode compact 64: team of 1": cuda_decode(40.5, 64, 1, 113),
+        "CUDA combine 64": Budget(64, 3072, ((135, 0),)),
+        "CUDA combine 128": Budget(64, 5120, ((185, 0),)),
     },
     80: {
         "decode compact 128: decode_part": Budget(168, 22000, ((page_loop(30, 128), 0),), 8),
@@ -69,6 +95,21 @@ BUDGETS = {
         "extend compact 128: extend_kernel": Budget(
             255, 81920, ((3400, 130), (2940, 110), (1060, 40)), 390
         ),
+        "CUDA decode compact 128: team of 1": cuda_decode(30.5, 128, 1, 81),
+        "CUDA decode compact 128: team of 2": cuda_decode(40, 128, 2, 81),
+        "CUDA decode compact 128: team of 4": cuda_decode(56.5, 128, 4, 81),
+        "CUDA decode quality 128: team of 1": cuda_decode(43, 128, 1, 81),
+        "CUDA decode quality 128: team of 2": cuda_decode(49, 128, 2, 81),
+        "CUDA decode quality 128: team of 4": cuda_decode(56.5, 128, 4, 81),
+        "CUDA decode paper 128: team of 1": cuda_decode(37, 128, 1, 163),
+        "CUDA decode paper 128: team of 2": cuda_decode(44, 128, 2, 81),
+        "CUDA decode paper 128: team of 4": cuda_decode(51.5, 128, 4, 81),
+        "CUDA decode high 128: team of 1": cuda_decode(36, 128, 1, 163),
+        "CUDA decode high 128: team of 2": cuda_decode(47.5, 128, 2, 81),
+        "CUDA decode high 128: team of 4": cuda_decode(65.5, 128, 4, 81),
+        "CUDA decode compact 64: team of 1": cuda_decode(44.5, 64, 1, 81),
+        "CUDA combine 64": Budget(64, 3072, ((135, 0),)),
+        "CUDA combine 128": Budget(64, 5120, ((185, 0),)),
     },
 }
 

@@ -6,19 +6,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from oscar_kv.config import OscarConfig
-from oscar_kv.kernels.dispatch import choose
+from oscar_kv.kernels.dispatch import Operations, choose
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
 
 DECODE_QUERIES = 16
 """The most new tokens per sequence that :func:`decode_attention` takes."""
+
+
+@contextmanager
+def _operations(layout: PageLayout, device: torch.device) -> Iterator[Operations]:
+    """The backend for pages of ``layout``, with the device current on which kernels start."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield choose(layout, device)[0].operations
 
 
 def pack(keys: Tensor, values: Tensor, layout: PageLayout) -> Tensor:
@@ -35,8 +43,8 @@ def pack(keys: Tensor, values: Tensor, layout: PageLayout) -> Tensor:
     shape = (keys.shape[0], layout.num_kv_heads, layout.page_bytes)
     pages = torch.empty(shape, dtype=torch.uint8, device=keys.device)
     ids = torch.arange(keys.shape[0], dtype=torch.int32, device=keys.device)
-    operations = choose(layout, keys.device)[0].operations
-    operations.pack_into(pages, ids, keys, values, layout, pages=1)
+    with _operations(layout, keys.device) as operations:
+        operations.pack_into(pages, ids, keys, values, layout, pages=1)
     return pages
 
 
@@ -44,14 +52,16 @@ def unpack(
     pages: Tensor, layout: PageLayout, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """The keys ``[N, H, 128, D]`` and values ``[N, H, 128, E]`` that ``pages`` stand for."""
-    return choose(layout, pages.device)[0].operations.unpack(pages, layout, dtype)
+    with _operations(layout, pages.device) as operations:
+        return operations.unpack(pages, layout, dtype)
 
 
 def append(
     packed: PackedKV, keys: Tensor, values: Tensor, *, lengths: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Appends new tokens to every sequence; all as :meth:`PackedKV.append`."""
-    return choose(packed.layout, packed.device)[0].operations.append(packed, keys, values, lengths)
+    with _operations(packed.layout, packed.device) as operations:
+        return operations.append(packed, keys, values, lengths)
 
 
 def quantize(
@@ -166,7 +176,7 @@ def extend_attention(
 
     Raises:
         ValueError: for shapes that do not fit ``packed``, or more queries than tokens.
-        TypeError: for a query, mask or batch of the wrong type.
+        TypeError: for a query, mask, batch or new tokens of the wrong type.
     """
     if not isinstance(packed, PackedKV):
         raise TypeError(f"packed is a {type(packed).__name__}: expected a PackedKV")
@@ -181,6 +191,11 @@ def extend_attention(
     ):
         if states is not None and tuple(states.shape) != (*shape, channels):
             raise ValueError(f"{name}={tuple(states.shape)}: expected {(*shape, channels)}")
+        if states is not None and (states.dtype, states.device) != (packed.dtype, packed.device):
+            raise TypeError(
+                f"{name} is {states.dtype} on {states.device}: packed holds {packed.dtype} on "
+                f"{packed.device}"
+            )
     if s_aux is not None and tuple(s_aux.shape) != (query.shape[1],):
         raise ValueError(f"s_aux={tuple(s_aux.shape)}: expected {(query.shape[1],)}")
     if starts is not None and (
@@ -196,16 +211,21 @@ def extend_attention(
         raise ValueError(f"softcap={softcap}: expected a positive number")
     if mask is not None:
         _check_mask(mask, query, packed)
-    return choose(layout, packed.device)[0].operations.attend(
-        query,
-        packed,
-        new_keys,
-        new_values,
-        layout.head_dim**-0.5 if scaling is None else scaling,
-        softcap,
-        s_aux,
-        Visibility(packed.lengths, query.shape[2], starts, sliding_window, mask),
-    )
+    for name, given in (("starts", starts), ("s_aux", s_aux), ("mask", mask)):
+        if given is not None and given.device != packed.device:
+            raise ValueError(f"{name} is on {given.device}: packed is on {packed.device}")
+    starts, s_aux = (None if x is None else x.contiguous() for x in (starts, s_aux))
+    with _operations(layout, packed.device) as operations:
+        return operations.attend(
+            query,
+            packed,
+            new_keys,
+            new_values,
+            layout.head_dim**-0.5 if scaling is None else scaling,
+            softcap,
+            s_aux,
+            Visibility(packed.lengths, query.shape[2], starts, sliding_window, mask),
+        )
 
 
 def _check_query(query: Tensor, packed: PackedKV) -> None:

@@ -58,35 +58,36 @@ class Run(Protocol):
 
 
 def run(program: Program, argument: ctypes.Structure, blocks: int, device: torch.device, /) -> None:
-    """:class:`Run` on a GPU's current stream; compiles the program when it first sees it."""
-    function, launch = _load(program, device)
-    launch.grid[0] = blocks
-    launch.stream = torch.cuda.current_stream(device).cuda_stream
-    pointer = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-    _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), function, pointer, None))
+    """:class:`Run` on the current stream of a GPU, which has to be the current device.
 
-
-@lru_cache(maxsize=512)
-def _load(program: Program, device: torch.device) -> tuple[ctypes.c_void_p, _Launch]:
-    major, minor = torch.cuda.get_device_capability(device)
-    cubin = compile_program(program, f"sm_{major}{minor}")
-    driver = _driver()
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    with torch.cuda.device(device):
-        _check(driver.cuModuleLoadData(ctypes.byref(module), cubin))
-        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, program.name.encode()))
-        _check(driver.cuFuncSetAttribute(function, _DYNAMIC_SHARED_MEMORY, program.shared_memory))
+    Compiles the program when it first sees it.
+    """
     # From Hopper on a kernel starts while the one before it ends, and waits for that itself.
     early = _Attribute(id=_PROGRAMMATIC_LAUNCH)
     early.value[0] = 1
     launch = _Launch(
+        grid=(blocks, 1, 1),
+        block=(program.threads, 1, 1),
         shared_memory=program.shared_memory,
+        stream=torch.cuda.current_stream(device).cuda_stream,
         attributes=ctypes.pointer(early),
-        num_attributes=int(major >= 9),
+        num_attributes=int(torch.cuda.get_device_capability(device) >= (9, 0)),
     )
-    launch.grid[:] = (1, 1, 1)
-    launch.block[:] = (program.threads, 1, 1)
-    return function, launch
+    pointer = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    function = _load(program, device)
+    _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), function, pointer, None))
+
+
+@lru_cache(maxsize=512)
+def _load(program: Program, device: torch.device) -> ctypes.c_void_p:
+    major, minor = torch.cuda.get_device_capability(device)
+    cubin = compile_program(program, f"sm_{major}{minor}")
+    driver = _driver()
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _check(driver.cuModuleLoadData(ctypes.byref(module), cubin))
+    _check(driver.cuModuleGetFunction(ctypes.byref(function), module, program.name.encode()))
+    _check(driver.cuFuncSetAttribute(function, _DYNAMIC_SHARED_MEMORY, program.shared_memory))
+    return function
 
 
 def compile_program(program: Program, architecture: str) -> bytes:

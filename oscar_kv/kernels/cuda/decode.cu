@@ -130,7 +130,6 @@ __device__ inline void attend_pages(const Arguments& a, const Place& at, int par
     sync_team(team);
     fetch(k + 2);
   }
-  wait_for_copies<0>();
 
   constexpr float kUnit = 1.0f / (1 << kWeightExponent);
 #pragma unroll
