@@ -355,3 +355,14 @@ def test_the_emulator_notices_mistakes(
     if found is None and not torch.equal(target, source[::4].flip(0)):
         found = b"wrong"
     assert found is None if mistake is None else found is not None and mistake in found.decode()
+
+
+@needs_compiler
+def test_slots_out_of_use_may_hold_anything() -> None:
+    config = OscarConfig(sink_tokens=5)
+    packed = packed_states(config, 64, lengths=(3, 150, 300), dtype=torch.float16)
+    for part, lengths in (("tail", packed.tail_lengths), ("sink", packed.sink_lengths)):
+        for row, used in enumerate(lengths.tolist()):
+            getattr(packed, f"{part}_keys")[row, :, used:] = torch.nan
+            getattr(packed, f"{part}_values")[row, :, used:] = torch.nan
+    check(packed, 4, 1, Division(dense_apart=True))

@@ -27,7 +27,7 @@ struct Arguments {
   int has_new;      // the last num_queries tokens are the new ones, also where they are packed
   int window;       // tokens that a query sees, 0 for all
   float scaling;
-  float softcap;   // 0 for none
+  float softcap;  // 0 for none
 };
 
 constexpr int kWarps = 4;

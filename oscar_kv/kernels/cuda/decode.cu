@@ -19,7 +19,8 @@
 #include <softmax.cuh>
 #include <states.cuh>
 
-constexpr int kDenseTokens = 16 * 2 * kWarps;  // of a block, and so of a dense part
+constexpr int kDenseTiles = 2;                           // of 16 full-precision tokens, of a warp
+constexpr int kDenseTokens = 16 * kDenseTiles * kWarps;  // of a block, and so of a dense part
 
 __device__ inline void sync_team(int team) {
   if (TEAM == 1)
@@ -183,47 +184,56 @@ __device__ inline void attend_dense(const Arguments& a, const Place& at, int den
   Softmax state;
   float output[kBlocks][4] = {};
   float none[VALUE_GROUPS][2] = {};
-  for (int tile = 0; tile < 2; ++tile) {
-    const int first = number * kDenseTokens + 16 * (2 * warp + tile);
-    if (first >= count) break;
-    Words<4> key[2][kTiles / 2], value[2][kBlocks / 2];
+  const int first = number * kDenseTokens + 16 * kDenseTiles * warp;
+  // All slots, in use or not: so that nothing waits for the lengths first.
+  Words<4> key[kDenseTiles][2][kTiles / 2], value[kDenseTiles][2][kBlocks / 2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = first + r + 8 * half;
+  for (int i = 0; i < 2 * kDenseTiles; ++i) {
+    const int token = first + r + 8 * i;
+    const bool exists = token < a.dense_slots[source];
 #pragma unroll
-      for (int j = 0; j < kTiles / 2; ++j)
-        key[half][j] = token < count ? load<4>(keys + static_cast<i64>(token) * HEAD_DIM + 32 * j)
-                                     : Words<4>{};
+    for (int j = 0; j < kTiles / 2; ++j)
+      key[i / 2][i % 2][j] =
+          exists ? load<4>(keys + static_cast<i64>(token) * HEAD_DIM + 32 * j) : Words<4>{};
 #pragma unroll
-      for (int j = 0; j < kBlocks / 2; ++j)
-        value[half][j] = token < count
-                             ? load<4>(values + static_cast<i64>(token) * VALUE_DIM + 32 * j)
-                             : Words<4>{};
+    for (int j = 0; j < kBlocks / 2; ++j)
+      value[i / 2][i % 2][j] =
+          exists ? load<4>(values + static_cast<i64>(token) * VALUE_DIM + 32 * j) : Words<4>{};
+  }
+  sync_warp();  // so that the compiler asks for all of them before it waits for some
+  if (first < count) {
+#pragma unroll
+    for (int i = 0; i < 2 * kDenseTiles; ++i) {
+      if (first + r + 8 * i < count) continue;
+#pragma unroll
+      for (int j = 0; j < kBlocks / 2; ++j) value[i / 2][i % 2][j] = {};  // times a weight of 0
     }
-    float x[1][4] = {};
+    float x[kDenseTiles][4] = {};
 #pragma unroll
-    for (int j = 0; j < kTiles / 2; ++j) {
+    for (int j = 0; j < kTiles; ++j) {
+      const int u = 2 * (j % 2);
 #pragma unroll
-      for (int u = 0; u < 2; ++u)
-        mma_states(x[0], key[0][j].at[2 * u], key[1][j].at[2 * u], key[0][j].at[2 * u + 1],
-                   key[1][j].at[2 * u + 1], query[2 * j + u][0], query[2 * j + u][1]);
+      for (int t = 0; t < kDenseTiles; ++t)
+        mma_states(x[t], key[t][0][j / 2].at[u], key[t][1][j / 2].at[u], key[t][0][j / 2].at[u + 1],
+                   key[t][1][j / 2].at[u + 1], query[j][0], query[j][1]);
     }
     float scale[2] = {a.scaling * kLog2E, a.scaling * kLog2E};
-    Seen there = seen;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      there.high[i] = there.high[i] < position + count ? there.high[i] : position + count;
-    cap_and_hide(x, scale, a.softcap, there, position + first + r, 0, 8);
+      seen.high[i] = seen.high[i] < position + count ? seen.high[i] : position + count;
+    cap_and_hide(x, scale, a.softcap, seen, position + first + r, 16, 8);
     online_softmax(x, scale, 0, 0, state, output, none);
-    const u32 b0 = transpose(pack_states(x[0][0], x[0][1]));
-    const u32 b1 = transpose(pack_states(x[0][2], x[0][3]));
 #pragma unroll
-    for (int j = 0; j < kBlocks / 2; ++j) {
+    for (int t = 0; t < kDenseTiles; ++t) {
+      const u32 b0 = transpose(pack_states(x[t][0], x[t][1]));
+      const u32 b1 = transpose(pack_states(x[t][2], x[t][3]));
 #pragma unroll
-      for (int u = 0; u < 2; ++u)
-        mma_states(output[2 * j + u], transpose(value[0][j].at[2 * u]),
-                   transpose(value[0][j].at[2 * u + 1]), transpose(value[1][j].at[2 * u]),
-                   transpose(value[1][j].at[2 * u + 1]), b0, b1);
+      for (int j = 0; j < kBlocks; ++j) {
+        const int u = 2 * (j % 2);
+        mma_states(output[j], transpose(value[t][0][j / 2].at[u]),
+                   transpose(value[t][0][j / 2].at[u + 1]), transpose(value[t][1][j / 2].at[u]),
+                   transpose(value[t][1][j / 2].at[u + 1]), b0, b1);
+      }
     }
   }
   merge(a, owner, a.page_parts + dense_part, memory, state, output, r / 2 * 8 + r % 2, 4, 2, warp,
