@@ -185,12 +185,13 @@ __device__ inline void attend_dense(const Arguments& a, const Place& at, int den
   float output[kBlocks][4] = {};
   float none[VALUE_GROUPS][2] = {};
   const int first = number * kDenseTokens + 16 * kDenseTiles * warp;
-  // All slots, in use or not: so that nothing waits for the lengths first.
+  // Where blocks are few, all slots, in use or not: then nothing waits for the lengths first.
+  const int end = a.dense_apart ? a.dense_slots[source] : count;
   Words<4> key[kDenseTiles][2][kTiles / 2], value[kDenseTiles][2][kBlocks / 2];
 #pragma unroll
   for (int i = 0; i < 2 * kDenseTiles; ++i) {
     const int token = first + r + 8 * i;
-    const bool exists = token < a.dense_slots[source];
+    const bool exists = token < end;
 #pragma unroll
     for (int j = 0; j < kTiles / 2; ++j)
       key[i / 2][i % 2][j] =
