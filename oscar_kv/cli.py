@@ -1,4 +1,4 @@
-"""``oscar-kv demo | generate | info | bench``.
+"""``oscar-kv demo | generate | chat | info | bench``.
 
 Whatever a user can get wrong ends in one line on stderr and exit code 2. PyTorch and Transformers
 are imported by the commands that need them, so that ``--help`` does not wait for them.
@@ -109,10 +109,7 @@ def generate(
 ) -> None:
     """Continue a prompt with a quantized cache; text on stdout, the rest on stderr."""
     text = _read_prompt(prompt, prompt_file)
-    if preset != FULL_PRECISION and preset not in PRESETS:
-        raise ValueError(f"preset={preset!r}: expected one of {(*PRESETS, FULL_PRECISION)}")
-    if not temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: expected a finite number")
+    _check_sampling(preset, temperature)
 
     import torch
     from transformers import TextStreamer
@@ -128,7 +125,7 @@ def generate(
     if not loaded.attends_packed and preset != FULL_PRECISION:
         _say("note: this model has attention of its own; it reads dequantized states")
     ids = loaded.encode(text)
-    _check_length(loaded.model.config, ids.shape[1], max_new_tokens)
+    generation.check_length(loaded.model.config, ids.shape[1], max_new_tokens)
     cache = make_cache(loaded.model, preset)
     streamer = None if as_json else TextStreamer(loaded.tokenizer, skip_special_tokens=True)
     tokens: list[generation.Token] = []
@@ -184,6 +181,31 @@ def generate(
         f"KV cache of {ids.shape[1] + len(tokens) - 1:,} tokens: {size(used)} ({preset}) instead "
         f"of {size(full)} ({loaded.dtype}), {full / used:.2f}x smaller{rate}"
     )
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Option(help="Folder or Hugging Face id of a causal model.")],
+    preset: Annotated[
+        str, typer.Option(help=f"{', '.join(PRESETS)}, or {FULL_PRECISION} for no quantization.")
+    ] = "compact",
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Per answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Talk with a model; the quantized cache is kept from turn to turn."""
+    _check_sampling(preset, temperature)
+
+    from oscar_kv import generation, repl
+    from oscar_kv.chat import Conversation
+
+    generation.quiet()
+    with _progress() as progress:
+        progress.add_task(f"loading {model}", total=None)
+        loaded = generation.load(model, dtype, device)
+    repl.chat(Conversation(loaded, preset, system), max_new_tokens, temperature)
 
 
 @app.command()
@@ -269,6 +291,13 @@ def bench(
         raise typer.Exit(code)
 
 
+def _check_sampling(preset: str, temperature: float) -> None:
+    if preset != FULL_PRECISION and preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: expected one of {(*PRESETS, FULL_PRECISION)}")
+    if not temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}: expected a finite number")
+
+
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise ValueError("expected one of --prompt and --prompt-file")
@@ -282,15 +311,6 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if not prompt:
         raise ValueError("the prompt is empty")
     return prompt
-
-
-def _check_length(config: Any, prompt_tokens: int, new_tokens: int) -> None:
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit and prompt_tokens + new_tokens > limit:
-        raise ValueError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the model's context "
-            f"of {limit}"
-        )
 
 
 def _save(path: Path, write: Any) -> None:

@@ -85,6 +85,16 @@ def quiet() -> None:
     disable_progress_bars()
 
 
+def check_length(config: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises ValueError if a model's context cannot hold so many tokens."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and prompt_tokens + new_tokens > limit:
+        raise ValueError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the model's context "
+            f"of {limit}"
+        )
+
+
 @dataclass(frozen=True)
 class Token:
     """One generated token and the time it took; the first one's includes the prompt."""
@@ -125,7 +135,7 @@ def continuation(
 
     Args:
         prompt: ids ``[1, T]``.
-        cache: empty; afterwards it holds all tokens but the last.
+        cache: may hold what comes before; afterwards it holds all tokens but the last.
         temperature: 0 picks the most likely token.
         cuda_graph: run the steps after the prompt as a CUDA graph, for an :class:`OscarCache`.
 
