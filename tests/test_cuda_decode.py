@@ -321,6 +321,7 @@ REVERSE = """
 #include <warp.cuh>
 struct Arguments { const u32* source; u32* target; };
 extern "C" __global__ void reverse(const __grid_constant__ Arguments a) {
+  wait_for_previous_grid();
   u8* memory = shared_memory();
   copy_async(memory + 16 * thread(), a.source + 4 * thread());
   commit_copies();
@@ -366,3 +367,24 @@ def test_slots_out_of_use_may_hold_anything() -> None:
             getattr(packed, f"{part}_keys")[row, :, used:] = torch.nan
             getattr(packed, f"{part}_values")[row, :, used:] = torch.nan
     check(packed, 4, 1, Division(dense_apart=True))
+
+
+@needs_compiler
+def test_many_pages_of_one_team() -> None:
+    """What tensor cores cut off their sums must not add up from page to page."""
+    keys, values = states("gaussian", 1, 1, 128 * 200, 64)
+    config = OscarConfig(recent_tokens=0)
+    packed = quantize(*(x.to(DEVICE, torch.float16) for x in (keys, values)), config)
+    check(packed, 1, 1, Division(page_parts=1))
+
+
+@needs_compiler
+def test_states_at_any_address() -> None:
+    packed = packed_states(OscarConfig(), 64, lengths=(200,), heads=1, dtype=torch.float16)
+    flat = torch.randn(4 * 64 + 1, device=DEVICE, dtype=torch.float16)
+    visible = Visibility(packed.lengths, 1)
+    found = [
+        decode(query, packed, None, None, 0.1, None, None, visible, work=Plan(1, 1, 2, False))
+        for query in (flat[1:].view(1, 4, 1, 64), flat[1:].clone().view(1, 4, 1, 64))
+    ]
+    assert torch.equal(*found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -519,6 +520,52 @@ def test_a_pass_that_fails_in_a_hybrid_model_asks_for_a_reset() -> None:
     cache.reset()
     fresh = teacher_forced(model, tokens(1, 20), [20], OscarCache(model.config))
     assert torch.equal(teacher_forced(model, tokens(1, 20), [20], cache), fresh)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [0, 300])
+def test_a_pass_that_fails_between_two_updates_can_be_repeated(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FAMILIES["Llama"].model("oscar")
+    caches = [OscarCache(model.config) for _ in range(2)]
+    ids = tokens(2, length + 90)
+    for cache in caches[: 2 * bool(length)]:
+        model(ids[:, :length], past_key_values=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[0].mlp, "forward", _no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(ids[:, length : length + 7], past_key_values=caches[0])
+    found, expected = (model(ids[:, length:], past_key_values=cache).logits for cache in caches)
+    assert torch.equal(found, expected)
+
+
+def _no_memory(states: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("injected")
+
+
+@torch.no_grad()
+def test_two_threads_in_one_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one is told; the first one does not notice."""
+    model = FAMILIES["Llama"].model("oscar")
+    ids = tokens(2, 400)
+    expected = model(ids, past_key_values=OscarCache(model.config)).logits
+    cache, other = OscarCache(model.config), copy.deepcopy(model)
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    with ThreadPoolExecutor(1) as pool:
+
+        def intruded(states: Tensor) -> Tensor:
+            with pytest.raises(RuntimeError, match="another thread is in the middle"):
+                pool.submit(other, ids, past_key_values=cache).result()
+            return forward(states)
+
+        monkeypatch.setattr(mlp, "forward", intruded)
+        assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+        assert cache.get_seq_length() == 400
+        # between two passes another thread may go on
+        pool.submit(other, ids[:, :1], past_key_values=cache).result()
+        assert cache.get_seq_length() == 401
 
 
 @pytest.mark.parametrize("prompt", [0, 300])

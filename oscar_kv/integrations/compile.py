@@ -32,15 +32,24 @@ def compile_layers(model: Any, **options: Any) -> None:
 
     Layers of one kind share what is compiled. That happens on first use, and again for other sizes
     of the batch or of the prompt; 1 stays a case of its own, from the third size on all are one.
+    Not shared are layers of linear attention, which take their states out of the cache by number:
+    beyond Dynamo's limit, eight by default, they run as they are.
+
+    For the whole process, it also tells Dynamo not to take a module's ``layer_idx`` for a constant.
 
     Args:
         options: of ``torch.compile``.
+
+    Raises:
+        ValueError: if the model has no decoder layers.
     """
+    layers = [x for x in model.get_decoder().modules() if isinstance(x, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no decoder layers that Transformers marks")
     # As a constant, which it is to Dynamo by default, the number of a layer would mean a
-    # compilation per layer, up to the limit of eight.
+    # compilation per layer, up to the limit.
     config = torch.compiler.config
     if _LAYER_INDICES not in config.dynamic_sources:
         config.dynamic_sources += f",{_LAYER_INDICES}"
-    for module in model.get_decoder().modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile(**options)
+    for layer in layers:
+        layer.compile(**options)

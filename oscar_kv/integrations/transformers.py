@@ -9,6 +9,7 @@ with ``attn_implementation="oscar"`` the model attends straight from the packed 
 
 from __future__ import annotations
 
+import threading
 from typing import Any, cast
 
 import torch
@@ -186,6 +187,8 @@ class OscarCache(Cache):
             layers.append(OscarLayer(self.config, max_tokens))
         super().__init__(layers=layers, offloading=offloading)
         self._torn = False
+        self._latest: tuple[int, int] | None = None
+        """The layer that was updated last, and the thread that did it."""
 
     @untraced
     def update(
@@ -193,33 +196,71 @@ class OscarCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Stores the new states of one layer; see :meth:`OscarLayer.update`.
 
-        A layer that refuses its states takes the forward pass down with it. The layers below have
-        stored theirs by then: they are rolled back, so that the pass can be repeated.
+        A forward pass that fails in between has stored its states in some layers and not in others:
+        these are rolled back, at once if a layer refuses its states, else when the next pass
+        begins. The pass can be repeated.
 
         Raises:
             ValueError: for states that are refused, and, in a model with layers that cannot be
                 rolled back, for every update from then on until :meth:`reset`.
+            RuntimeError: if another thread is in the middle of a forward pass.
         """
+        if self._latest is not None and layer_idx <= self._latest[0]:
+            self._begin_pass()
+        self._latest = layer_idx, threading.get_ident()
         if self._torn:
             raise ValueError("an earlier forward pass failed half-way: call reset() first")
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception:
-            self._roll_back(layer_idx)
+            failed: Any = self.layers[layer_idx]
+            self._roll_back(failed.get_seq_length(), self.layers[:layer_idx])
             raise
 
-    def _roll_back(self, failed: int) -> None:
-        """Brings the layers below ``failed`` back to its length."""
-        length = self.get_seq_length(failed)
-        for layer in self.layers[:failed]:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the forward passes that came to their end."""
+        unfinished = self._before_unfinished_pass()
+        return super().get_seq_length(layer_idx) if unfinished is None else unfinished
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns of a mask for so many queries, and the position of the first one."""
+        unfinished = self._before_unfinished_pass()
+        if unfinished is None or not isinstance(self.layers[layer_idx], OscarLayer):
+            return super().get_mask_sizes(query_length, layer_idx)
+        return unfinished + query_length, 0
+
+    def _before_unfinished_pass(self) -> int | None:
+        """How long quantized layers were before a pass that has not reached all of them."""
+        lengths = [x.get_seq_length() for x in self.layers if isinstance(x, OscarLayer)]
+        if lengths[0] == lengths[-1]:
+            return None
+        # The first layers are longer than the others, which are equally long.
+        one_step = len(set(lengths)) == 2 and lengths == sorted(lengths, reverse=True)
+        return lengths[-1] if one_step else None
+
+    def _begin_pass(self) -> None:
+        """Takes back what a pass that never came to its end has stored."""
+        length = self._before_unfinished_pass()
+        if length is None or self._latest is None:
+            return
+        if self._latest[1] != threading.get_ident():
+            raise RuntimeError(
+                "another thread is in the middle of a forward pass over this cache: give every "
+                "thread a cache of its own"
+            )
+        self._roll_back(length, self.layers)
+
+    def _roll_back(self, length: int, layers: list[Any]) -> None:
+        """Brings ``layers`` back to ``length``."""
+        for layer in layers:
             if isinstance(layer, OscarLayer):
-                layer.crop(length - layer.get_seq_length())
+                layer.crop(min(0, length - layer.get_seq_length()))
             elif any(layer_memory(layer).values()):
                 self._torn = True
 
     def reset(self) -> None:
         super().reset()
-        self._torn = False
+        self._torn, self._latest = False, None
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):
                 # Transformers 5.17 zeroes these states, and the next update would grow them.

@@ -1,7 +1,7 @@
 """Decode attention in CUDA C++: the host side of ``cuda/decode.cu``.
 
-The same work as :mod:`~oscar_kv.kernels.triton_decode` with a fifth fewer instructions, for the
-shapes that models have: see :func:`unsupported` and :func:`takes`. Triton does the rest.
+The same work as :mod:`~oscar_kv.kernels.triton_decode`, faster at every size (docs/performance.md),
+for shapes that most models have: see :func:`unsupported` and :func:`takes`. Triton does the rest.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS
 from oscar_kv.kernels.cuda_driver import Program, Run, run
-from oscar_kv.kernels.masking import Visibility
-from oscar_kv.kernels.triton_device import (
+from oscar_kv.kernels.device import (
     block_shared_memory,
     multiprocessors,
     shared_memory,
 )
+from oscar_kv.kernels.masking import Visibility
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
 
@@ -31,6 +31,7 @@ COLUMNS = 8
 DENSE_TOKENS = 32 * WARPS
 """Full-precision tokens of a block."""
 _MOST_BLOCKS_PER_SM = 2  # so that a thread has the registers it needs
+_LONGEST_WINDOW = 1 << 30  # longer ones see everything, too, and have to fit 32 bits
 _RESERVED_SHARED_MEMORY = 1024  # of every block, by the hardware
 
 
@@ -133,6 +134,8 @@ def decode_program(layout: PageLayout, dtype: torch.dtype, team: int) -> Program
     """The kernel that finds the parts; its constants come from the one definition of a page."""
     config = layout.config
     constants = {
+        "WARPS": WARPS,
+        "COLUMNS": COLUMNS,
         "HEADS": layout.num_kv_heads,
         "HEAD_DIM": layout.head_dim,
         "VALUE_DIM": layout.value_dim,
@@ -163,6 +166,7 @@ def decode_program(layout: PageLayout, dtype: torch.dtype, team: int) -> Program
 def combine_program(value_dim: int, dtype: torch.dtype) -> Program:
     """The kernel that merges the parts."""
     constants = {
+        "WARPS": WARPS,
         "VALUE_DIM": value_dim,
         "BFLOAT": int(dtype == torch.bfloat16),
         "ROTATION_UNIT": f"{value_dim**-0.5!r}f",
@@ -244,14 +248,14 @@ def decode(
     layout, device = packed.layout, packed.device
     if scaling < 0:
         query, scaling = -query, -scaling
-    query = query.contiguous()
+    query = _aligned(query)
     batch, num_heads, num_queries, _ = query.shape
     num_new = 0 if new_keys is None else num_queries
     if work is None:
         work = plan(packed, num_new)
     keys = [packed.tail_keys, packed.sink_keys, query if new_keys is None else new_keys]
     values = [packed.tail_values, packed.sink_values, query if new_values is None else new_values]
-    keys, values = ([x.contiguous() for x in parts] for parts in (keys, values))
+    keys, values = ([_aligned(x) for x in parts] for parts in (keys, values))
     starts = None if visibility.starts is None else visibility.starts.to(torch.int32)
     if s_aux is not None and s_aux.dtype not in (torch.float32, query.dtype):
         s_aux = s_aux.float()
@@ -283,7 +287,7 @@ def decode(
         dense_parts=work.dense_parts,
         dense_apart=int(work.dense_apart),
         has_new=int(num_new > 0),
-        window=visibility.sliding_window or 0,
+        window=min(visibility.sliding_window or 0, _LONGEST_WINDOW),
         scaling=scaling,
         softcap=softcap or 0.0,
     )
@@ -302,3 +306,10 @@ def decode(
     rows = batch * num_heads * num_queries
     run(combine_program(layout.value_dim, query.dtype), merged, rows, device)
     return out
+
+
+def _aligned(states: Tensor) -> Tensor:
+    """Contiguous, and where a kernel may load 16 bytes at once."""
+    if states.is_contiguous() and states.data_ptr() % 16 == 0:
+        return states
+    return states.clone(memory_format=torch.contiguous_format)

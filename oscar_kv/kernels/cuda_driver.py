@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from oscar_kv.kernels.device import capability
+
 SOURCES = Path(__file__).parent / "cuda"
 
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -71,23 +73,38 @@ def run(program: Program, argument: ctypes.Structure, blocks: int, device: torch
         shared_memory=program.shared_memory,
         stream=torch.cuda.current_stream(device).cuda_stream,
         attributes=ctypes.pointer(early),
-        num_attributes=int(torch.cuda.get_device_capability(device) >= (9, 0)),
+        num_attributes=int(capability(device) >= (9, 0)),
     )
     pointer = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    _bind(device)
     function = _load(program, device)
     _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), function, pointer, None))
 
 
 @lru_cache(maxsize=512)
 def _load(program: Program, device: torch.device) -> ctypes.c_void_p:
-    major, minor = torch.cuda.get_device_capability(device)
-    cubin = compile_program(program, f"sm_{major}{minor}")
+    cubin = compile_program(program, architecture(device))
     driver = _driver()
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _check(driver.cuModuleLoadData(ctypes.byref(module), cubin))
     _check(driver.cuModuleGetFunction(ctypes.byref(function), module, program.name.encode()))
     _check(driver.cuFuncSetAttribute(function, _DYNAMIC_SHARED_MEMORY, program.shared_memory))
     return function
+
+
+def architecture(device: torch.device) -> str:
+    """What NVRTC calls a device's instruction set, ``"sm_90"`` for example."""
+    major, minor = capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _bind(device: torch.device) -> None:
+    """Gives a thread the device's context if it has none yet; PyTorch may not have had to."""
+    driver, context = _driver(), ctypes.c_void_p()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)))
+    if not context.value:
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device.index or 0))
+        _check(driver.cuCtxSetCurrent(context))
 
 
 def compile_program(program: Program, architecture: str) -> bytes:
@@ -122,20 +139,30 @@ def compile_program(program: Program, architecture: str) -> bytes:
     try:
         if nvrtc.nvrtcCompileProgram(handle, len(options), encoded):
             log = _read(nvrtc, "ProgramLog", handle).rstrip(b"\0").decode()
-            raise RuntimeError(f"{name} does not compile for {architecture}:\n{log}")
+            raise RuntimeError(
+                f"{name} does not compile for {architecture} (OSCAR_KV_BACKEND=triton does without "
+                f"it):\n{log}"
+            )
         return _read(nvrtc, "CUBIN", handle)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(handle))
 
 
-@lru_cache(maxsize=1)
-def missing() -> str | None:
-    """What is not here of what :func:`compile_program` needs, ``None`` if nothing."""
+@lru_cache(maxsize=8)
+def missing(device: torch.device) -> str | None:
+    """What :func:`compile_program` lacks to compile for a device, ``None`` if nothing."""
+    if torch.version.cuda is None:
+        return "PyTorch has no CUDA build"
     try:
-        _nvrtc()
+        nvrtc = _nvrtc()
     except OSError as error:
         return str(error)
-    return None
+    count = ctypes.c_int()
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    known = (ctypes.c_int * count.value)()
+    nvrtc.nvrtcGetSupportedArchs(known)
+    wanted = architecture(device)
+    return None if wanted in {f"sm_{one}" for one in known} else f"NVRTC does not know {wanted}"
 
 
 def _read(nvrtc: ctypes.CDLL, what: str, handle: ctypes.c_void_p) -> bytes:

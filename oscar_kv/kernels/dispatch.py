@@ -95,7 +95,9 @@ def _not_for_cuda(layout: PageLayout, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"needs an NVIDIA GPU, not {device.type}"
     return (
-        _not_for_triton(layout, device) or cuda_driver.missing() or cuda_decode.unsupported(layout)
+        _not_for_triton(layout, device)
+        or cuda_driver.missing(device)
+        or cuda_decode.unsupported(layout)
     )
 
 

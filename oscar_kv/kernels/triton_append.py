@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS
-from oscar_kv.kernels.triton_device import capability
+from oscar_kv.kernels.device import capability
 from oscar_kv.kernels.triton_encode import load_rows, token_squares, write_page
 from oscar_kv.kernels.triton_pack_spec import pack_spec, signs, supports
 from oscar_kv.kernels.triton_page import PAGE, page_pointer

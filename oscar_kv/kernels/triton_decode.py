@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from oscar_kv.core.rotation import rotation_factors
+from oscar_kv.kernels.device import capability, multiprocessors, shared_memory
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.kernels.triton_attend import BLIND, LOG2_E, attend_dense, attend_pages
 from oscar_kv.kernels.triton_combine import combine_parts
-from oscar_kv.kernels.triton_device import capability, multiprocessors, shared_memory
 from oscar_kv.kernels.triton_page import PAGE, TOKENS, PageSpec, page_spec
 from oscar_kv.kernels.triton_query import query_segments
 from oscar_kv.kernels.triton_rotate import rotate_queries

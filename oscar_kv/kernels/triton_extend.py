@@ -15,8 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
+from oscar_kv.kernels.device import multiprocessors
 from oscar_kv.kernels.masking import Visibility
-from oscar_kv.kernels.triton_device import multiprocessors
 from oscar_kv.kernels.triton_extend_kernel import combine_rows, extend_kernel
 from oscar_kv.kernels.triton_page import PageSpec, page_spec
 from oscar_kv.kernels.triton_rotate import rotate_queries, rotation_signs

@@ -3,9 +3,10 @@
 // Every thread is a fiber. A collective instruction leaves its operands where its warp finds them
 // and hands over to the next thread; when all have arrived, each computes its own result. A warp
 // runs as far ahead of the others as barriers let it, the last one in even blocks and the first one
-// in odd blocks. What would hang or race on a GPU fails here: a barrier that not all threads reach,
-// and shared memory read before the copy that fills it was waited for, overwritten while others
-// read it, or beyond what the block has.
+// in odd blocks. Much of what would hang or race on a GPU fails here: a barrier that not all
+// threads reach, shared memory read before the copy that fills it was waited for, overwritten while
+// others read it, or beyond what the block has, a previous grid that nobody waits for. What it
+// cannot tell: global memory out of bounds, and what is read before that grid was waited for.
 #pragma once
 
 #include <ucontext.h>
@@ -31,9 +32,7 @@ struct alignas(kCount % 4 == 0 ? 16 : 4 * kCount) Words {
   u32 at[kCount];
 };
 template <int kCount>
-__device__ inline Words<kCount> load(const void* from) {
-  return *static_cast<const Words<kCount>*>(from);
-}
+__device__ inline Words<kCount> load(const void* from);
 
 namespace emulator {
 
@@ -44,6 +43,7 @@ struct Copy {
 struct Thread {
   ucontext_t context;
   bool done = false;
+  bool waited = false;  // for the previous grid
   int collectives = 0;
   std::vector<std::vector<Copy>> copies;  // groups, the last one open
 };
@@ -54,12 +54,13 @@ struct Barrier {
 
 inline std::vector<Thread> threads;
 inline std::vector<char> stacks;  // used again by the next block
-inline std::vector<int> ready;  // the last one is next
+inline std::vector<int> ready;    // the last one is next
 inline ucontext_t scheduler;
 inline int current, block_index;
 inline std::vector<u8> memory;
 inline std::vector<Barrier> barriers;
 inline std::function<void()> body;
+inline const char* mistake;  // the first one of a block
 inline u32 operands[2][1024][8];
 constexpr size_t kStack = 256 << 10;
 constexpr int kBeyond = 4096;  // bytes that only a mistake writes to
@@ -94,6 +95,7 @@ inline void enter() {
 // The mistake that a block has made, null if none.
 inline const char* run_block(int index, int count, int shared_bytes) {
   block_index = index;
+  mistake = nullptr;
   memory.assign(shared_bytes + kBeyond, 0xff);  // NaN, whatever the type
   barriers.assign(16 + count / 32, {});
   threads.assign(count, {});
@@ -112,11 +114,13 @@ inline const char* run_block(int index, int count, int shared_bytes) {
     ready.pop_back();
     swapcontext(&scheduler, &threads[current].context);
   }
-  for (const Thread& thread : threads)
+  for (const Thread& thread : threads) {
     if (!thread.done) return "threads wait at a barrier that others never reach";
+    if (!thread.waited) return "threads do not wait for the previous grid";
+  }
   for (int i = shared_bytes; i < shared_bytes + kBeyond; ++i)
     if (memory[i] != 0xff) return "a block writes beyond its shared memory";
-  return nullptr;
+  return mistake;
 }
 
 inline float half_to_float(u16 bits) {
@@ -152,11 +156,24 @@ inline void mma(float (&sum)[4], const u32 (&words)[6], Convert to_float) {
       const u32 b = lanes[column * 4 + quad][4 + k / 8];
       total += static_cast<double>(half(a, k % 2)) * half(b, k % 2);
     }
-    sum[i] += static_cast<float>(total);
+    // Cut off towards zero, as tensor cores do.
+    const double exact = static_cast<double>(sum[i]) + total;
+    sum[i] = static_cast<float>(exact);
+    if (std::fabs(static_cast<double>(sum[i])) > std::fabs(exact))
+      sum[i] = std::nextafter(sum[i], 0.0f);
   }
 }
 
 }  // namespace emulator
+
+template <int kCount>
+inline Words<kCount> load(const void* from) {
+  if (reinterpret_cast<size_t>(from) % alignof(Words<kCount>))
+    emulator::mistake = "words are read from an address that is not aligned";
+  Words<kCount> words;
+  std::memcpy(&words, from, sizeof words);
+  return words;
+}
 
 inline int thread() { return emulator::current; }
 inline int block() { return emulator::block_index; }
@@ -165,7 +182,7 @@ inline u8* shared_memory() { return emulator::memory.data(); }
 inline void sync_warp() { emulator::wait_at(16 + emulator::current / 32, 32); }
 inline void sync_block() { emulator::wait_at(0, static_cast<int>(emulator::threads.size())); }
 inline void sync_some(int barrier, int threads) { emulator::wait_at(barrier, threads); }
-inline void wait_for_previous_grid() {}
+inline void wait_for_previous_grid() { emulator::threads[emulator::current].waited = true; }
 inline void let_next_grid_start() {}
 
 // Until it is waited for, neither the old contents nor the new ones are there.

@@ -1,6 +1,6 @@
 // What the decode kernel is called with, and where a block finds its tokens.
 #pragma once
-#include <warp.cuh>
+#include <states.cuh>
 
 struct Arguments {
   const u8* pool;
@@ -30,13 +30,11 @@ struct Arguments {
   float softcap;  // 0 for none
 };
 
-constexpr int kWarps = 4;
-constexpr int kColumns = 8;
+constexpr int kWarps = WARPS;
+constexpr int kColumns = COLUMNS;
 constexpr int kTiles = HEAD_DIM / 16;
 constexpr int kBlocks = VALUE_DIM / 16;
-constexpr int kPage = 128;          // tokens
-constexpr float kBlind = -1.0e20f;  // the maximum of nothing
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kPage = 128;  // tokens
 
 __device__ inline int own_position(const Arguments& a, int length, int column) {
   return length - a.num_queries + column % a.num_queries;

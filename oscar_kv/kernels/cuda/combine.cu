@@ -1,6 +1,6 @@
 // Merges the parts of decode attention, and rotates what pages gave back: a block per output row.
 //
-// VALUE_DIM, BFLOAT and ROTATION_UNIT, here that of values, are constants (cuda_decode.py).
+// WARPS, VALUE_DIM, BFLOAT and ROTATION_UNIT, here that of values, are constants (cuda_decode.py).
 #include <rotation.cuh>
 #include <states.cuh>
 
@@ -16,11 +16,9 @@ struct Arguments {
   int wide_sinks;  // sink_logits are float32, not 16-bit
 };
 
-constexpr int kWarps = 4;
+constexpr int kWarps = WARPS;
 constexpr int kMine = VALUE_DIM / 32;  // channels of a lane
 constexpr int kLoads = 4;              // parts that a warp has on their way
-constexpr float kBlind = -1.0e20f;     // the maximum of nothing
-constexpr float kLog2E = 1.4426950408889634f;
 
 struct Sums {
   float packed[kMine] = {};  // rotated

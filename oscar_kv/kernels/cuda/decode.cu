@@ -60,14 +60,14 @@ __device__ inline void rotate_query(const u16* query, int rows, u8* memory, int 
   }
 }
 
-// Pages first + index, first + index + step ... of a sequence, before page `last`.
+// Every step-th page of a sequence, from a team's own one on.
 __device__ inline void attend_pages(const Arguments& a, const Place& at, int part, int ids,
                                     u8* memory, int warp, int lane) {
   const int team = warp / TEAM, member = TEAM == 1 ? 0 : warp % TEAM;
   constexpr int kTeams = kWarps / TEAM;
   const int step = a.page_parts * kTeams;
   const int* table = a.table + at.sequence * a.table_stride;
-  // Pages that no column sees are left out; what the first lane's columns see is not enough.
+  // Pages before the lowest position that any column sees are left out.
   int first = 0, last = at.pages;
   if (a.window > 0 || a.starts) {
     const int lowest = a.window > 0 ? at.length - a.num_queries - a.window + 1 : 0;

@@ -1,4 +1,7 @@
-// Reading a packed page: logits from its keys, sums from its values, by a warp or a team of them.
+// Reading a packed page: `page_logits` from its keys, `add_values` from its values, and before both
+// `fetch_page`, by a warp or a team of them. A *run* is up to four planes that are masked from the
+// same words, in a *nested* one together with the planes below. What depends on TEAM is kPlanes,
+// kRun and kGroups: how much of a page is a warp's.
 #pragma once
 #include <arguments.cuh>
 
@@ -182,6 +185,9 @@ __device__ inline void add_values(const u8* page, const float (&x)[kPlanes][4], 
     // Several blocks at a time: products into one sum would wait for each other.
 #pragma unroll
     for (int first = g * kBlocksOfGroup; first < (g + 1) * kBlocksOfGroup; first += kAtOnce) {
+      // Tensor cores cut their sums off. Over many pages that would show: codes are not negative,
+      // and their large sum cancels with the constant.
+      float of_page[kAtOnce][4] = {};
 #pragma unroll
       for (int s = 0; s < VALUE_SETS; ++s) {
         u32 a[kAtOnce][4];
@@ -204,12 +210,15 @@ __device__ inline void add_values(const u8* page, const float (&x)[kPlanes][4], 
             if (s == 1) b0 = multiply(b0, kFour), b1 = multiply(b1, kFour);
 #pragma unroll
             for (int b = 0; b < kAtOnce; ++b)
-              mma_f16(output[first + b], plane(w[b][0], p, nested(run)),
-                      plane(w[b][1], p, nested(run)), plane(w[b][2], p, nested(run)),
-                      plane(w[b][3], p, nested(run)), b0, b1);
+              mma_f16(of_page[b], plane(w[b][0], p, nested(run)), plane(w[b][1], p, nested(run)),
+                      plane(w[b][2], p, nested(run)), plane(w[b][3], p, nested(run)), b0, b1);
           }
         }
       }
+#pragma unroll
+      for (int b = 0; b < kAtOnce; ++b)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) output[first + b][i] += of_page[b][i];
     }
   }
 }

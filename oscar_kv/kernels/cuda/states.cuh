@@ -1,4 +1,5 @@
-// Numbers of 16 bits as keys, values, queries and outputs have them: bfloat16 or float16.
+// What is common to attention: numbers of 16 bits, bfloat16 or float16, as keys, values, queries
+// and outputs have them, and two of its constants.
 #pragma once
 #include <warp.cuh>
 
@@ -15,3 +16,6 @@ __device__ inline void mma_states(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a
   mma_f16(sum, a0, a1, a2, a3, b0, b1);
 }
 #endif
+
+constexpr float kBlind = -1.0e20f;  // the maximum of no logits
+constexpr float kLog2E = 1.4426950408889634f;

@@ -1,4 +1,4 @@
-"""What the host code of Triton kernels asks about a device; zeros and ones in the interpreter."""
+"""What the host code of kernels asks about a device; zeros and ones on a CPU, for the tests."""
 
 from __future__ import annotations
 
