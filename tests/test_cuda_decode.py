@@ -374,7 +374,7 @@ def test_many_pages_of_one_team() -> None:
     """What tensor cores cut off their sums must not add up from page to page."""
     keys, values = states("gaussian", 1, 1, 128 * 200, 64)
     config = OscarConfig(recent_tokens=0)
-    packed = quantize(*(x.to(DEVICE, torch.float16) for x in (keys, values)), config)
+    packed = quantize(keys.to(DEVICE, torch.float16), values.to(DEVICE, torch.float16), config)
     check(packed, 1, 1, Division(page_parts=1))
 
 
