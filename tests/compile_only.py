@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from oscar_kv import OscarConfig
 from oscar_kv.kernels import triton_backend as backend
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.cuda_decode import combine_program, decode_program
 from oscar_kv.kernels.cuda_driver import Program, compile_program
 from oscar_kv.kernels.masking import Visibility
@@ -204,16 +205,9 @@ def _launch(operation: str, preset: str, head_dim: int) -> None:
         backend.unpack(packed.pool.data, packed.layout, torch.bfloat16)
     else:
         queries = {"decode": 1, "extend": 512}[operation]
-        backend.attend(
-            states(QUERY_HEADS, queries),
-            packed,
-            None,
-            None,
-            head_dim**-0.5,
-            None,
-            None,
-            Visibility(packed.lengths, queries),
-        )
+        visible = Visibility(packed.lengths, queries)
+        query = states(QUERY_HEADS, queries)
+        backend.attend(AttentionCall(query, packed, visible, head_dim**-0.5))
 
 
 if __name__ == "__main__":

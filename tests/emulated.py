@@ -8,25 +8,26 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from oscar_kv.kernels import cuda_decode
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.cuda_driver import SOURCES, Program
 
 COMPILER = shutil.which("g++")
 EMULATOR = Path(__file__).parent / "emulator"
 
 
-def decode(*arguments: Any, work: cuda_decode.Plan | None = None) -> Tensor:
+def decode(call: AttentionCall, work: cuda_decode.Plan | None = None) -> Tensor:
     """:func:`oscar_kv.kernels.cuda_decode.decode` on a CPU."""
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # empty tensors, for kernels to fill, are full of NaN
     try:
-        return cuda_decode.decode(*arguments, work=work, run=run)
+        return cuda_decode.decode(call, work, run)
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def run(program: Program, argument: ctypes.Structure, blocks: int, *_: object) -> None:

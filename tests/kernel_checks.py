@@ -16,6 +16,7 @@ from torch import Tensor
 
 from oscar_kv import OscarConfig, PackedKV, quantize
 from oscar_kv.core.attention import attention
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.masking import Visibility
 
 GPU = torch.cuda.is_available()
@@ -101,14 +102,16 @@ def check(
     )
     scaling = options.get("scaling", layout.head_dim**-0.5)
     found = attend(
-        query,
-        packed,
-        new[0],
-        new[1],
-        scaling,
-        options.get("softcap"),
-        options.get("s_aux"),
-        visibility,
+        AttentionCall(
+            query,
+            packed,
+            visibility,
+            scaling,
+            new[0],
+            new[1],
+            options.get("softcap"),
+            options.get("s_aux"),
+        )
     )
     assert found.shape == wanted.shape
     assert found.dtype == query.dtype

@@ -26,6 +26,7 @@ from torch import Tensor
 from oscar_kv import OscarConfig, PackedKV, quantize
 from oscar_kv.config import PRESETS
 from oscar_kv.kernels import cuda_decode
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.cuda_decode import COLUMNS, DENSE_TOKENS, WARPS, Plan, takes, unsupported
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.storage.layout import PageLayout
@@ -162,7 +163,7 @@ def test_zeros_and_large_numbers() -> None:
     for number in (0, 3e4):
         query = torch.full((1, 1, 1, 64), number, dtype=torch.float16, device=DEVICE)
         visible = Visibility(packed.lengths, 1)
-        out = decode(query, packed, None, None, 1e-3, None, None, visible, work=work)
+        out = decode(AttentionCall(query, packed, visible, 1e-3), work=work)
         assert out.isfinite().all()
 
 
@@ -238,7 +239,9 @@ def test_declines_what_it_was_not_made_for() -> None:
         query = torch.zeros(
             packed.batch_size, group * layout.num_kv_heads, tokens, layout.head_dim, dtype=dtype
         )
-        return takes(query, packed, Visibility(packed.lengths, tokens, mask=mask))
+        return takes(
+            AttentionCall(query, packed, Visibility(packed.lengths, tokens, mask=mask), 1.0)
+        )
 
     assert taken()
     assert taken(COLUMNS, 1)
@@ -384,7 +387,7 @@ def test_states_at_any_address() -> None:
     flat = torch.randn(4 * 64 + 1, device=DEVICE, dtype=torch.float16)
     visible = Visibility(packed.lengths, 1)
     found = [
-        decode(query, packed, None, None, 0.1, None, None, visible, work=Plan(1, 1, 2, False))
+        decode(AttentionCall(query, packed, visible, 0.1), work=Plan(1, 1, 2, False))
         for query in (flat[1:].view(1, 4, 1, 64), flat[1:].clone().view(1, 4, 1, 64))
     ]
     assert torch.equal(*found)

@@ -20,6 +20,7 @@ from states import states
 from oscar_kv import OscarConfig, quantize
 from oscar_kv.config import PRESETS
 from oscar_kv.kernels import triton_decode
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.kernels.triton_decode import decode
 
@@ -115,7 +116,7 @@ def test_zeros_and_large_numbers() -> None:
     check(packed, 1, 2)
     for query in (torch.zeros(1, 1, 1, 64), torch.full((1, 1, 1, 64), 3e4)):
         query = query.to(DEVICE)
-        out = decode(query, packed, None, None, 1e-3, None, None, Visibility(packed.lengths, 1))
+        out = decode(AttentionCall(query, packed, Visibility(packed.lengths, 1), 1e-3))
         assert out.isfinite().all()
 
 

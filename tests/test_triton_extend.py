@@ -21,6 +21,7 @@ from oscar_kv import OscarConfig, quantize
 from oscar_kv.config import PRESETS
 from oscar_kv.core.rotation import rotate
 from oscar_kv.kernels import triton_extend
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.kernels.triton_extend import extend
 from oscar_kv.kernels.triton_rotate import rotate_queries
@@ -118,7 +119,7 @@ def test_zeros() -> None:
     packed = quantize(keys.to(DEVICE), values.to(DEVICE))
     check(packed, 1, 20)
     query = torch.zeros(1, 1, 20, 64, device=DEVICE)
-    out = extend(query, packed, None, None, 0.1, None, None, Visibility(packed.lengths, 20))
+    out = extend(AttentionCall(query, packed, Visibility(packed.lengths, 20), 0.1))
     assert out.isfinite().all()
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from oscar_kv.config import OscarConfig
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.dispatch import Operations, choose
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.storage.layout import PageLayout
@@ -217,14 +218,16 @@ def extend_attention(
     starts, s_aux = (None if x is None else x.contiguous() for x in (starts, s_aux))
     with _operations(layout, packed.device) as operations:
         return operations.attend(
-            query,
-            packed,
-            new_keys,
-            new_values,
-            layout.head_dim**-0.5 if scaling is None else scaling,
-            softcap,
-            s_aux,
-            Visibility(packed.lengths, query.shape[2], starts, sliding_window, mask),
+            AttentionCall(
+                query,
+                packed,
+                Visibility(packed.lengths, query.shape[2], starts, sliding_window, mask),
+                layout.head_dim**-0.5 if scaling is None else scaling,
+                new_keys,
+                new_values,
+                softcap,
+                s_aux,
+            )
         )
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.cuda_driver import Program, Run, run
 from oscar_kv.kernels.device import (
     block_shared_memory,
     multiprocessors,
     shared_memory,
 )
-from oscar_kv.kernels.masking import Visibility
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
 
@@ -117,15 +117,14 @@ def unsupported(layout: PageLayout) -> str | None:
     return None
 
 
-def takes(query: Tensor, packed: PackedKV, visibility: Visibility) -> bool:
+def takes(call: AttentionCall) -> bool:
     """Whether the kernel does this attention: few rows of 16 bits, no mask but positions."""
-    rows = query.shape[2] * (query.shape[1] // packed.layout.num_kv_heads)
     return (
-        rows <= COLUMNS
-        and visibility.mask is None
-        and query.dtype == packed.dtype
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and unsupported(packed.layout) is None
+        call.rows <= COLUMNS
+        and call.visibility.mask is None
+        and call.query.dtype == call.packed.dtype
+        and call.query.dtype in (torch.float16, torch.bfloat16)
+        and unsupported(call.packed.layout) is None
     )
 
 
@@ -226,25 +225,15 @@ def _dense_tokens(packed: PackedKV, num_new: int) -> tuple[int, int, int]:
     return packed.most_tail_tokens, packed.sink_keys.shape[2], num_new
 
 
-def decode(
-    query: Tensor,
-    packed: PackedKV,
-    new_keys: Tensor | None,
-    new_values: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    visibility: Visibility,
-    *,
-    work: Plan | None = None,
-    run: Run = run,
-) -> Tensor:
-    """Attention of a few new tokens; arguments and result of the reference's ``attend``.
+def decode(call: AttentionCall, work: Plan | None = None, run: Run = run) -> Tensor:
+    """:func:`oscar_kv.kernels.reference.attend` for a few query rows.
 
     Args:
         work: how to divide it; by :func:`plan` if omitted.
         run: runs a program; on a GPU unless a test brings another.
     """
+    query, packed, new_keys, new_values = call.query, call.packed, call.new_keys, call.new_values
+    scaling, s_aux, visibility = call.scaling, call.s_aux, call.visibility
     layout, device = packed.layout, packed.device
     if scaling < 0:
         query, scaling = -query, -scaling
@@ -281,7 +270,7 @@ def decode(
         dense_slots=(ctypes.c_int * 3)(*(x.shape[2] for x in keys)),
         dense_tokens=(ctypes.c_int * 3)(*_dense_tokens(packed, num_new)),
         owners=owners,
-        rows=num_queries * (num_heads // layout.num_kv_heads),
+        rows=call.rows,
         num_queries=num_queries,
         page_parts=work.page_parts,
         dense_parts=work.dense_parts,
@@ -289,7 +278,7 @@ def decode(
         has_new=int(num_new > 0),
         window=min(visibility.sliding_window or 0, _LONGEST_WINDOW),
         scaling=scaling,
-        softcap=softcap or 0.0,
+        softcap=call.softcap or 0.0,
     )
     run(decode_program(layout, query.dtype, work.team), parts, owners * work.blocks, device)
     merged = CombineArguments(

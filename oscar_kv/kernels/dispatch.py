@@ -13,7 +13,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from oscar_kv.kernels.masking import Visibility
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
 
@@ -42,17 +42,7 @@ class Operations(Protocol):
         self, packed: PackedKV, keys: Tensor, values: Tensor, lengths: Sequence[int] | None
     ) -> tuple[Tensor, Tensor]: ...
 
-    def attend(
-        self,
-        query: Tensor,
-        packed: PackedKV,
-        new_keys: Tensor | None,
-        new_values: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        s_aux: Tensor | None,
-        visibility: Visibility,
-    ) -> Tensor: ...
+    def attend(self, call: AttentionCall) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS
 from oscar_kv.core.rotation import rotate, rotate_back
-from oscar_kv.kernels.masking import Visibility
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.storage import codec
 from oscar_kv.storage.layout import PLANES, TILE, PageLayout
 from oscar_kv.storage.packed import PackedKV
@@ -38,26 +38,17 @@ def append(
     return packed.append(keys, values, lengths=lengths, pack=pack_into)
 
 
-def attend(
-    query: Tensor,
-    packed: PackedKV,
-    new_keys: Tensor | None,
-    new_values: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    visibility: Visibility,
-) -> Tensor:
-    """Attention of the newest ``Tq`` tokens over everything in ``packed``.
-
-    Args: as :func:`oscar_kv.kernels.extend_attention`, which checks them.
+def attend(call: AttentionCall) -> Tensor:
+    """Attention of the newest ``Tq`` tokens over everything that is packed.
 
     Returns:
-        ``[B, Hq, Tq, E]`` in the dtype of ``query``.
+        ``[B, Hq, Tq, E]`` in the dtype of the query.
     """
+    query, packed, new_keys, new_values = call.query, call.packed, call.new_keys, call.new_values
+    softcap, visibility = call.softcap, call.visibility
     layout, num_queries = packed.layout, query.shape[2]
-    rows = query.float().unflatten(1, (layout.num_kv_heads, -1)).flatten(2, 3) * scaling
-    softmax = _OnlineSoftmax(rows, layout.value_dim, s_aux)
+    rows = query.float().unflatten(1, (layout.num_kv_heads, -1)).flatten(2, 3) * call.scaling
+    softmax = _OnlineSoftmax(rows, layout.value_dim, call.s_aux)
 
     def logits_of(raw: Tensor, begins: Sequence[int], ends: Sequence[int]) -> Tensor:
         capped = raw if softcap is None else softcap * torch.tanh(raw / softcap)

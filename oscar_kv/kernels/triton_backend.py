@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from oscar_kv.kernels import triton_append
-from oscar_kv.kernels.masking import Visibility
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.triton_decode import decode
 from oscar_kv.kernels.triton_extend import extend
 from oscar_kv.kernels.triton_pack import pack_into
@@ -32,20 +32,9 @@ def append(
     return packed.append(keys, values, lengths=lengths, pack=pack_into)
 
 
-def attend(
-    query: Tensor,
-    packed: PackedKV,
-    new_keys: Tensor | None,
-    new_values: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    visibility: Visibility,
-) -> Tensor:
+def attend(call: AttentionCall) -> Tensor:
     """See :func:`oscar_kv.kernels.reference.attend`."""
-    rows = query.shape[2] * (query.shape[1] // packed.layout.num_kv_heads)
-    kernel = decode if rows <= _FEW_ROWS else extend
-    return kernel(query, packed, new_keys, new_values, scaling, softcap, s_aux, visibility)
+    return decode(call) if call.rows <= _FEW_ROWS else extend(call)
 
 
 def append_step(packed: PackedKV, keys: Tensor, values: Tensor, counts: Tensor | None) -> None:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oscar_kv.core.rotation import rotation_factors
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.device import capability, multiprocessors, shared_memory
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.kernels.triton_attend import BLIND, LOG2_E, attend_dense, attend_pages
@@ -29,17 +30,10 @@ _MOST_PAGES = 16
 _MANY_PAGES = 96
 
 
-def decode(
-    query: Tensor,
-    packed: PackedKV,
-    new_keys: Tensor | None,
-    new_values: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    visibility: Visibility,
-) -> Tensor:
-    """Attention of a few new tokens; arguments and result of the reference's ``attend``."""
+def decode(call: AttentionCall) -> Tensor:
+    """:func:`oscar_kv.kernels.reference.attend` for a few query rows."""
+    query, packed, new_keys, new_values = call.query, call.packed, call.new_keys, call.new_values
+    scaling, softcap, s_aux, visibility = call.scaling, call.softcap, call.s_aux, call.visibility
     layout, device = packed.layout, packed.device
     page = page_spec(layout, capability(device) >= (8, 9))
     if scaling < 0:

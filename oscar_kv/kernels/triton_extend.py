@@ -15,12 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
+from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.device import multiprocessors
-from oscar_kv.kernels.masking import Visibility
 from oscar_kv.kernels.triton_extend_kernel import combine_rows, extend_kernel
 from oscar_kv.kernels.triton_page import PageSpec, page_spec
 from oscar_kv.kernels.triton_rotate import rotate_queries, rotation_signs
-from oscar_kv.storage.packed import PackedKV
 
 _PROGRAMS_PER_SM = 2
 # Pages that are worth a program of their own.
@@ -44,26 +43,14 @@ class ExtendSpec:
     """Full-precision products in float32, not in the dtype of the states."""
 
 
-def extend(
-    query: Tensor,
-    packed: PackedKV,
-    new_keys: Tensor | None,
-    new_values: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    visibility: Visibility,
-) -> Tensor:
-    """Attention of the newest ``Tq`` tokens over everything in ``packed``.
+def extend(call: AttentionCall) -> Tensor:
+    """:func:`oscar_kv.kernels.reference.attend` for many query rows.
 
     Products with packed pages are float16 with float32 sums; those with full-precision tokens are
     in their dtype, float32 where the query's is another.
-
-    Args: as :func:`oscar_kv.kernels.reference.attend`.
-
-    Returns:
-        ``[B, Hq, Tq, E]`` in the dtype of ``query``.
     """
+    query, packed, new_keys, new_values = call.query, call.packed, call.new_keys, call.new_values
+    visibility = call.visibility
     layout, device = packed.layout, query.device
     batch, num_heads, num_queries, _ = query.shape
     group = num_heads // layout.num_kv_heads
@@ -73,7 +60,7 @@ def extend(
         page=page_spec(layout),
         group=group,
         window=visibility.sliding_window,
-        softcap=softcap,
+        softcap=call.softcap,
         block_rows=32 if wide else 64,
         block_tokens=32 if wide or large else 64,
         wide=wide,
@@ -118,11 +105,11 @@ def extend(
         new_keys,
         new_values,
         visibility.starts,
-        s_aux,
+        call.s_aux,
         mask,
         (0, 0, 0, 0) if mask is None else mask.stride(),
         num_queries,
-        scaling,
+        call.scaling,
         unit,
         spec,
         num_warps=8 if large else 4,

@@ -1,0 +1,33 @@
+"""What one call of attention over packed pages is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from oscar_kv.kernels.masking import Visibility
+from oscar_kv.storage.packed import PackedKV
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Arguments of :func:`oscar_kv.kernels.extend_attention`, checked and with their defaults."""
+
+    query: Tensor
+    """``[B, Hq, Tq, D]``, unrotated."""
+    packed: PackedKV
+    visibility: Visibility
+    scaling: float
+    new_keys: Tensor | None = None
+    """``[B, H, Tq, D]``, the exact keys of the new tokens; ``packed`` holds these, too."""
+    new_values: Tensor | None = None
+    """``[B, H, Tq, E]``, with ``new_keys``."""
+    softcap: float | None = None
+    s_aux: Tensor | None = None
+    """``[Hq]``, contiguous."""
+
+    @property
+    def rows(self) -> int:
+        """Query rows of one KV head."""
+        return self.query.shape[2] * (self.query.shape[1] // self.packed.layout.num_kv_heads)
