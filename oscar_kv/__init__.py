@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from oscar_kv.config import OscarConfig
 
 if TYPE_CHECKING:
+    from oscar_kv.integrations.encoder_decoder import OscarEncoderDecoderCache
     from oscar_kv.integrations.files import load_cache, save_cache
     from oscar_kv.integrations.transformers import OscarCache
     from oscar_kv.kernels import decode_attention, dequantize, extend_attention, quantize
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "OscarCache",
     "OscarConfig",
+    "OscarEncoderDecoderCache",
     "PackedKV",
     "decode_attention",
     "dequantize",
@@ -29,6 +31,7 @@ __all__ = [
 
 # Importing torch and Transformers takes seconds; who does not need them should not wait.
 _HOMES = {
+    "oscar_kv.integrations.encoder_decoder": ("OscarEncoderDecoderCache",),
     "oscar_kv.integrations.files": ("load_cache", "save_cache"),
     "oscar_kv.integrations.transformers": ("OscarCache",),
     "oscar_kv.kernels": ("decode_attention", "dequantize", "extend_attention", "quantize"),

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.config import PAGE_TOKENS, PRESETS, OscarConfig
-from oscar_kv.integrations.transformers import cache_layers, is_quantized
+from oscar_kv.integrations.transformers import ImageLayer, cache_layers, is_quantized
 from oscar_kv.storage.layout import PageLayout
 
 BASELINES = {"bf16": 2, "fp8": 1}
@@ -164,7 +164,7 @@ def plan(
 
 def _layer_shape(layer: Any, config: Any) -> LayerShape | None:
     """What the cache layer of a decoder layer holds, ``None`` if nothing that grows."""
-    if not isinstance(layer, DynamicLayer):
+    if not isinstance(layer, DynamicLayer) or isinstance(layer, ImageLayer):
         return None
     quantized = is_quantized(layer)
     window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None

@@ -136,6 +136,8 @@ def _shrunk_level(config: PreTrainedConfig, special: Any) -> dict[str, Any]:
         common = name if name in _SIZES else common_name.get(name, name)
         if isinstance(value, list) and len(value) == layers.start and layers.start > 1:
             fields[name] = [value[index] for index in layers.kept]
+        elif name == "use_cache":
+            fields[name] = True
         elif not isinstance(value, int) or isinstance(value, bool):
             continue
         elif common in _LAYER_COUNTS:
@@ -151,6 +153,8 @@ def _shrunk_level(config: PreTrainedConfig, special: Any) -> dict[str, Any]:
     if isinstance(fields.get("patch_size"), int) and "image_size" in fields:
         side = 4 * fields["patch_size"]
         fields["image_size"] = [side, side] if isinstance(fields["image_size"], list) else side
+    if isinstance(fields.get("kv_lora_rank"), int):  # latent attention has one size of its own
+        fields |= {"num_key_value_heads": HEADS, "head_dim": fields["qk_rope_head_dim"]}
     _shrink_rope(fields)
     return fields
 

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from oscar_kv.core.attention import attention
 from oscar_kv.integrations.compile import untraced
 from oscar_kv.integrations.lazy import AttentionView, LazyStates
 from oscar_kv.kernels import extend_attention
+
+
+_ADD_THEIR_MASK = ("git",)
+"""Models that accept ``"oscar"`` for their vision tower; their text layers add the mask to scores."""
 
 
 def register() -> None:
@@ -105,6 +109,17 @@ def oscar_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of ``"oscar"``: ``None`` for plain causality over the whole cache, else boolean."""
+    if getattr(kwargs.get("config"), "model_type", None) in _ADD_THEIR_MASK:
+        return eager_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            **kwargs,
+        )
     # A preallocated cache returns more keys than there are tokens (and a tensor as q_offset).
     no_spare_keys = isinstance(q_offset, int) and kv_offset + kv_length == q_offset + q_length
     if (

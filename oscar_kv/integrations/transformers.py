@@ -154,7 +154,8 @@ class OscarCache(Cache):
         offloading: keep layers in CPU memory while other layers compute.
 
     Raises:
-        ValueError: if the model has no full-attention layer, or a head size without a layout.
+        ValueError: if the model has no full-attention layer, a head size without a layout, an
+            encoder (:class:`OscarEncoderDecoderCache` is for those), or does not use a cache.
         TypeError: if an argument has the wrong type.
     """
 
@@ -177,6 +178,7 @@ class OscarCache(Cache):
             raise TypeError("the model is float64: expected float16, bfloat16 or float32")
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ValueError(f"max_tokens={max_tokens!r}: expected a positive integer")
+        _require_usable_cache(model_config)
         layers: list[Any] = []
         for layer, layer_config in cache_layers(model_config):
             if not is_quantized(layer):
@@ -338,8 +340,34 @@ def cache_layers(model_config: PreTrainedConfig) -> list[tuple[Any, Any]]:
             f"{model_config.model_type} has no full-attention layer to quantize, only {kinds}"
         )
     text = model_config.get_text_config(decoder=True)
+    for index in getattr(text, "cross_attention_layers", None) or ():
+        layers[index] = ImageLayer()
     configs = getattr(text, "per_layer_config", None) or [text] * len(layers)
     return list(zip(layers, configs))
+
+
+class ImageLayer(DynamicLayer):
+    """What one layer of a text model reads of an image: stored once, and taken out as it is."""
+
+
+# Generate text without keys and values of earlier tokens, or keep them their own way. Transformers
+# lets them ignore the cache that they are given, and their configs do not tell.
+_WITHOUT_KV_CACHE = ("reformer", "rwkv", "xlnet", "xlstm")
+
+
+def _require_usable_cache(model_config: PreTrainedConfig) -> None:
+    """Raises ValueError for a model that would ignore its cache, or misread it."""
+    name = model_config.model_type
+    if model_config.is_encoder_decoder:
+        # Given a plain cache, most decoders would store the encoder's states as their own.
+        raise ValueError(f"{name} has an encoder: use OscarEncoderDecoderCache(model.config)")
+    if name in _WITHOUT_KV_CACHE:
+        raise ValueError(f"{name} keeps no keys and values in a cache of Transformers")
+    if getattr(model_config, "use_cache", True) is False:
+        # generate() may then feed, and the cache store, the whole sequence in every step.
+        raise ValueError(
+            "model.config.use_cache is False: set it, and model.generation_config.use_cache, to True"
+        )
 
 
 def is_quantized(layer: Any) -> bool:

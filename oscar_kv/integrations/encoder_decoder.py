@@ -1,0 +1,52 @@
+"""The cache of encoder-decoder models: T5, BART, Whisper and the like."""
+
+from __future__ import annotations
+
+import copy
+
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.configuration_utils import PreTrainedConfig
+
+from oscar_kv.config import OscarConfig
+from oscar_kv.integrations.transformers import OscarCache
+
+
+class OscarEncoderDecoderCache(EncoderDecoderCache):
+    """A cache for ``past_key_values=`` of an encoder-decoder model.
+
+    What the decoder has written is quantized, as by :class:`OscarCache`. What it reads of the
+    encoder stays in full precision: models take it straight out of Transformers' cache layers.
+
+    Args:
+        model_config: ``model.config``.
+        config: ``OscarConfig.compact()`` if omitted.
+        max_tokens: makes room for decoded sequences of this length up front.
+
+    Raises:
+        ValueError: if the model has no encoder; else as :class:`OscarCache`.
+        TypeError: if an argument has the wrong type.
+    """
+
+    self_attention_cache: OscarCache
+
+    def __init__(
+        self,
+        model_config: PreTrainedConfig,
+        config: OscarConfig | None = None,
+        *,
+        max_tokens: int | None = None,
+    ) -> None:
+        if not isinstance(model_config, PreTrainedConfig):
+            raise TypeError(
+                f"model_config is a {type(model_config).__name__}: expected model.config"
+            )
+        if not model_config.is_encoder_decoder:
+            raise ValueError(f"{model_config.model_type} has no encoder: use OscarCache")
+        decoder = copy.deepcopy(model_config.get_text_config(decoder=True))
+        decoder.is_encoder_decoder = False
+        super().__init__(
+            OscarCache(decoder, config, max_tokens=max_tokens), DynamicCache(config=decoder)
+        )
+
+    def check_dynamic_cache(self, method: str) -> None:
+        """Transformers' guard against caches that cannot be cropped or repeated: these can."""
