@@ -93,23 +93,20 @@ def examine(name: str) -> Outcome:
         return Outcome(name, "not tested", _one_line(error))
     try:
         oscar_cache(model)
+        _try_cache(model, inputs, reference)
     except (ValueError, TypeError) as error:
         return Outcome(name, "unsupported", _one_line(error))
-    try:
-        _try_cache(model, inputs, reference)
-    except Wrong as error:
-        return Outcome(name, "wrong", f"own attention: {_one_line(error)}")
     except Exception as error:
-        return Outcome(name, "unsupported", _one_line(error))
+        return Outcome(name, "wrong", f"own attention: {_one_line(error)}")
     try:
         model.set_attn_implementation("oscar")
         if model.config._attn_implementation != "oscar":
             return Outcome(name, "dequantized", "its attention is not exchangeable")
         packed_calls = _try_cache(model, inputs, reference)
-    except Wrong as error:
-        return Outcome(name, "wrong", f'"oscar": {_one_line(error)}')
-    except Exception as error:
+    except (ValueError, TypeError) as error:
         return Outcome(name, "dequantized", f'"oscar" raises: {_one_line(error)}')
+    except Exception as error:
+        return Outcome(name, "wrong", f'"oscar": {_one_line(error)}')
     if not packed_calls:
         return Outcome(name, "dequantized", "its attention does not pass through the interface")
     return Outcome(name, "packed")

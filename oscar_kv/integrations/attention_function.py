@@ -20,8 +20,8 @@ from oscar_kv.integrations.lazy import AttentionView, LazyStates
 from oscar_kv.kernels import extend_attention
 
 
-_ADD_THEIR_MASK = ("git",)
-"""Models that accept ``"oscar"`` for their vision tower; their text layers add the mask to scores."""
+_ADD_THEIR_MASK = ("bigbird_pegasus", "git")
+"""Models that accept ``"oscar"`` for some layers while others add whatever mask there is to scores."""
 
 
 def register() -> None:
@@ -58,8 +58,8 @@ def oscar_attention_forward(
         ``[B, Tq, Hq, E]``, and ``None`` for the weights, which are never formed.
 
     Raises:
-        ValueError: for what could not be honoured: a sparse selection of keys anywhere, dropout
-            or a position bias other than in scaled-dot-product attention.
+        ValueError: for what could not be honoured: a sparse selection of keys, or dropout other
+            than in scaled-dot-product attention.
     """
     for name in ("indices", "block_indices", "sinks"):
         if kwargs.get(name) is not None:
@@ -75,10 +75,10 @@ def oscar_attention_forward(
         )
     if dropout:
         raise ValueError(f"dropout={dropout}: expected 0 here")
-    if kwargs.get("position_bias") is not None:
-        raise ValueError("position_bias: not supported here")
     if attention_mask is None and not is_causal and query.shape[2] > 1:
         attention_mask = _visible(query, key, causal=False)
+    if (bias := kwargs.get("position_bias")) is not None:
+        attention_mask = _biased(bias, attention_mask, query, key)
     if view is not None:
         out = extend_attention(
             query,
@@ -155,6 +155,15 @@ def _packed_view(query: Tensor, key: Tensor, value: Tensor) -> AttentionView | N
     view.require_current()
     fits = view.new_keys is None or view.new_keys.shape[2] == query.shape[2]
     return view if fits and view is value.view_of else None
+
+
+def _biased(bias: Tensor, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """One additive mask of a position bias ``[B, Hq, Tq, T]`` and a mask, causal where ``None``."""
+    if mask is None:
+        mask = _visible(query, key, causal=True)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
 
 
 def _visible(query: Tensor, key: Tensor, causal: bool) -> Tensor:

@@ -340,8 +340,8 @@ def cache_layers(model_config: PreTrainedConfig) -> list[tuple[Any, Any]]:
             f"{model_config.model_type} has no full-attention layer to quantize, only {kinds}"
         )
     text = model_config.get_text_config(decoder=True)
-    for index in getattr(text, "cross_attention_layers", None) or ():
-        layers[index] = ImageLayer()
+    image_layers = getattr(text, "cross_attention_layers", None) or ()
+    layers = [ImageLayer() if i in image_layers else layer for i, layer in enumerate(layers)]
     configs = getattr(text, "per_layer_config", None) or [text] * len(layers)
     return list(zip(layers, configs))
 
