@@ -370,7 +370,6 @@ def test_bidirectional_attention_sees_everything(extra: dict[str, Any]) -> None:
     ("name", "value"),
     [
         ("dropout", 0.1),
-        ("position_bias", torch.zeros(1, 4, 1, 301)),
         ("indices", torch.zeros(1, 1, 4, dtype=torch.int64)),
         ("block_indices", torch.zeros(1, 1, 4, dtype=torch.int64)),
     ],

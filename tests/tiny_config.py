@@ -153,6 +153,8 @@ def _shrunk_level(config: PreTrainedConfig, special: Any) -> dict[str, Any]:
     if isinstance(fields.get("patch_size"), int) and "image_size" in fields:
         side = 4 * fields["patch_size"]
         fields["image_size"] = [side, side] if isinstance(fields["image_size"], list) else side
+    if "per_layer_config" in fields:  # by index of a layer: all are alike here
+        fields["per_layer_config"] = {}
     if isinstance(fields.get("kv_lora_rank"), int):  # latent attention has one size of its own
         fields |= {"num_key_value_heads": HEADS, "head_dim": fields["qk_rope_head_dim"]}
     _shrink_rope(fields)

@@ -4,4 +4,79 @@ from __future__ import annotations
 
 from typing import Any
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+from tiny_config import HEAD_DIM, WIDTH
+
+
+def _mrope(*section: int) -> dict[str, Any]:
+    """Rotary positions in time, height and width, with as many channel pairs each."""
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(section)}
+
+
+_MROPE = {"rope_parameters": _mrope(4, 6, 6)}
+_HALF_MROPE = {"rope_parameters": {**_mrope(2, 3, 3), "partial_rotary_factor": 0.5}}
+_HEAD_DIM = {"head_dim": HEAD_DIM}
+_HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+_SOFT_GRANITE = {"attention_multiplier": HEAD_DIM**-0.5}  # 1 by default: attention to one token
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32}
+_GEMMA_3N = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "intermediate_size": [WIDTH] * 4,
+    "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    "num_kv_shared_layers": 2,
+}
+_QWEN_OMNI_TOKENS = {"vision_start_token_id": 130, "audio_start_token_id": 131}
+_SMALL_VISION = {"intermediate_size": WIDTH}
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "BambaForCausalLM": {**_MAMBA, "attn_layer_indices": [1]},
+    "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 120}},
+    "CodeGenForCausalLM": {"rotary_dim": 16},
+    "CohereCompassForCausalLM": {"rope_parameters": None},
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
+    "Dots1ForCausalLM": {"n_routed_experts": 4},
+    "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": 120}},
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32},
+    "GPTJForCausalLM": {"rotary_dim": 16},
+    "Gemma3nForCausalLM": _GEMMA_3N,
+    "Glm46VForConditionalGeneration": {"text_config": _MROPE},
+    "Glm4vForConditionalGeneration": {"text_config": _MROPE},
+    "Glm4vMoeForConditionalGeneration": {"text_config": _HALF_MROPE},
+    "GlmOcrForConditionalGeneration": {"text_config": _MROPE},
+    "GraniteForCausalLM": _SOFT_GRANITE,
+    "GraniteMoeForCausalLM": _SOFT_GRANITE,
+    "GraniteMoeHybridForCausalLM": {**_MAMBA, **_HYBRID, **_SOFT_GRANITE},
+    "GraniteMoeSWAForCausalLM": _SOFT_GRANITE,
+    "GraniteMoeSharedForCausalLM": _SOFT_GRANITE,
+    "GraniteSWAForCausalLM": _SOFT_GRANITE,
+    "HrmTextForCausalLM": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+    "HunYuanDenseV1ForCausalLM": _HEAD_DIM,
+    "HunYuanMoEV1ForCausalLM": _HEAD_DIM,
+    "HunYuanVLForConditionalGeneration": {"text_config": _HEAD_DIM},
+    "JambaForCausalLM": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Mamba2ForCausalLM": {"num_heads": 8},
+    "MinistralForCausalLM": _HEAD_DIM,
+    "MistralForCausalLM": {"sliding_window": None},
+    "MllamaForCausalLM": {"cross_attention_layers": [1]},
+    "MllamaForConditionalGeneration": {"text_config": {"cross_attention_layers": [1]}},
+    "Molmo2ForConditionalGeneration": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "MoshiForCausalLM": {"sliding_window": None},
+    "NemotronForCausalLM": {**_HEAD_DIM, "num_key_value_heads": 2},
+    "PaddleOCRVLForConditionalGeneration": {"text_config": _MROPE},
+    "Qwen2VLForConditionalGeneration": {"text_config": _MROPE},
+    "Qwen2_5OmniThinkerForConditionalGeneration": {**_QWEN_OMNI_TOKENS, "text_config": _MROPE},
+    "Qwen2_5_VLForConditionalGeneration": {"text_config": _MROPE},
+    "Qwen3OmniMoeThinkerForConditionalGeneration": {**_QWEN_OMNI_TOKENS, "text_config": _MROPE},
+    "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
+    "ReformerModelWithLMHead": {"is_decoder": True},
+    "Step3p7ForConditionalGeneration": {"text_config": {"sliding_window": 48}},
+    "XLNetLMHeadModel": {"d_head": HEAD_DIM, "d_inner": WIDTH},
+    "XmodForCausalLM": {"default_language": "en_XX"},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
+}

@@ -20,8 +20,9 @@ from oscar_kv.integrations.lazy import AttentionView, LazyStates
 from oscar_kv.kernels import extend_attention
 
 
-_ADD_THEIR_MASK = ("bigbird_pegasus", "git")
-"""Models that accept ``"oscar"`` for some layers while others add whatever mask there is to scores."""
+_NEED_ADDITIVE_MASK = ("bigbird_pegasus", "git", "nllb_moe", "nllb-moe", "pegasus_x")
+"""Models written for eager attention only, which accept ``"oscar"`` nevertheless: they add the mask to
+scores themselves in some layers, or do not say that a layer without a mask is causal."""
 
 
 def register() -> None:
@@ -109,7 +110,7 @@ def oscar_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of ``"oscar"``: ``None`` for plain causality over the whole cache, else boolean."""
-    if getattr(kwargs.get("config"), "model_type", None) in _ADD_THEIR_MASK:
+    if getattr(kwargs.get("config"), "model_type", None) in _NEED_ADDITIVE_MASK:
         return eager_mask(
             batch_size,
             q_length,

@@ -31,8 +31,8 @@ class AttentionView:
     """
 
     packed: PackedKV
-    new_keys: Tensor | None
-    new_values: Tensor | None
+    new_keys: Tensor | None = None
+    new_values: Tensor | None = None
     starts: Tensor | None = None
     lengths: list[int] = field(init=False)
 

@@ -38,12 +38,23 @@ class OscarLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, config: OscarConfig, max_tokens: int | None = None) -> None:
-        super().__init__()
+        # not super().__init__(): it would set keys and values, which are computed here
+        self.is_initialized = False
         self.config = config
         self.max_tokens = max_tokens
         self.packed: PackedKV | None = None
         self.starts: Tensor | None = None
         """int32 ``[B]``: first visible positions, for steps without a mask."""
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All keys, dequantized once they are used; ``None`` in an empty layer."""
+        return None if self.packed is None else LazyStates(AttentionView(self.packed), 0)
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All values, dequantized once they are used; ``None`` in an empty layer."""
+        return None if self.packed is None else LazyStates(AttentionView(self.packed), 1)
 
     @property
     def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
