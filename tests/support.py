@@ -8,6 +8,7 @@ pages (``attn_implementation="oscar"``), and over dequantized states by the mode
 
 from __future__ import annotations
 
+import copy
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from unittest import mock
 import torch
 import transformers
 from tiny_config import tiny_config
-from tiny_inputs import inputs_for
+from tiny_inputs import Inputs, inputs_for
 from tiny_overrides import OVERRIDES
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -140,7 +141,7 @@ def _spread_weights(model: Any) -> None:
             parameter.data.normal_(std=0.6 * parameter.shape[-1] ** -0.5)
 
 
-def _reference(name: str) -> tuple[Any, dict[str, Tensor], Any]:
+def _reference(name: str) -> tuple[Any, Inputs, Any]:
     """The model, its prompt, and what it generates with its own full-precision cache."""
     model = tiny_model(name)
     inputs = inputs_for(model)
@@ -150,12 +151,12 @@ def _reference(name: str) -> tuple[Any, dict[str, Tensor], Any]:
     return model, inputs, reference
 
 
-def _generate(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
+def _generate(model: Any, inputs: Inputs, **kwargs: Any) -> Any:
     if hasattr(getattr(model, "model", None), "rope_deltas"):
         model.model.rope_deltas = None  # what Qwen-VL remembers of the last prompt
     with torch.no_grad():
         return model.generate(
-            **{key: value.clone() for key, value in inputs.items()},
+            **copy.deepcopy(inputs),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             num_beams=1,
@@ -165,7 +166,7 @@ def _generate(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
         )
 
 
-def _try_cache(model: Any, inputs: dict[str, Tensor], reference: Any) -> int:
+def _try_cache(model: Any, inputs: Inputs, reference: Any) -> int:
     """Compares both settings with ``reference``; returns how often packed pages were attended.
 
     Raises:

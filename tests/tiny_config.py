@@ -82,6 +82,10 @@ _SIZES: dict[str, int] = {
     "hidden_size_per_layer_input": 16,
     "num_mel_bins": 16,
     "num_query_tokens": 4,
+    # One image of 4 x 4 patches, one sound of 40 frames.
+    "mm_tokens_per_image": 4,
+    "max_source_positions": 20,
+    "scale_factor": 2,
 }
 _VOCABULARIES = {"vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"}
 _POSITION_COUNTS = {
@@ -150,8 +154,8 @@ def _shrunk_level(config: PreTrainedConfig, special: Any) -> dict[str, Any]:
             fields[name] = next(special)
         elif common in _SIZES and value > 0:
             fields[name] = _SIZES[common]
-    if isinstance(fields.get("patch_size"), int) and "image_size" in fields:
-        side = 4 * fields["patch_size"]
+    if "image_size" in fields and (patch := fields.get("patch_size")):
+        side = 4 * (patch[0] if isinstance(patch, list) else patch)
         fields["image_size"] = [side, side] if isinstance(fields["image_size"], list) else side
     if "per_layer_config" in fields:  # by index of a layer: all are alike here
         fields["per_layer_config"] = {}

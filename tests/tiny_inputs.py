@@ -1,15 +1,20 @@
-"""Prompts for the tiny models of ``tiny_config.py``."""
+"""Prompts for the tiny models of ``tiny_config.py``: text, and for some classes images or audio."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tiny_config import FIRST_SPECIAL_TOKEN
 from torch import Tensor
 
+Inputs = dict[str, Any]
+
 PROMPT, PADDING = 400, 37
 """Tokens of a prompt, enough for a page beside the recent window, and how many are padding."""
+_MEDIA_AT = 50
+"""Where the tokens that stand for an image or a sound begin."""
 
 
 def text(length: int = PROMPT, batch: int = 2) -> Tensor:
@@ -18,17 +23,152 @@ def text(length: int = PROMPT, batch: int = 2) -> Tensor:
     return torch.randint(3, FIRST_SPECIAL_TOKEN, (batch, length), generator=generator)
 
 
-def left_padded_text() -> dict[str, Tensor]:
+def left_padded_text() -> Inputs:
     """Two prompts, the second padded on the left."""
     ids, mask = text(), torch.ones(2, PROMPT, dtype=torch.long)
     ids[1, :PADDING], mask[1, :PADDING] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def inputs_for(model: Any) -> dict[str, Tensor]:
+def reads_media(name: str) -> bool:
+    """Whether prompts of this class hold an image or a sound, and not text alone."""
+    return name in _MEDIA
+
+
+def inputs_for(model: Any) -> Inputs:
     """Arguments of ``generate`` for ``model``."""
+    media = _MEDIA.get(type(model).__name__)
+    if media is not None:
+        return media(model)
     if not model.config.is_encoder_decoder:
         return left_padded_text()
     if model.main_input_name != "input_ids":
-        raise NotImplementedError(f"{model.main_input_name} for {type(model).__name__}")
+        raise NotImplementedError(f"reads {model.main_input_name}, which the tests do not make")
     return {"input_ids": text(40), "decoder_input_ids": text()}
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _with_media(token: int, count: int, media: Inputs) -> Inputs:
+    """A prompt with ``count`` tokens for the image or sound of ``media``."""
+    inputs = left_padded_text()
+    inputs["input_ids"][:, _MEDIA_AT : _MEDIA_AT + count] = token
+    return inputs | media
+
+
+def _image_token(config: Any) -> int:
+    return getattr(config, "image_token_id", None) or config.image_token_index
+
+
+def _pixels(config: Any, *images: int) -> Tensor:
+    vision = config.vision_config
+    side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+    return _noise(2, *images, 3, side, side)
+
+
+def _patches(config: Any) -> int:
+    """Patches of one image: ``tiny_config`` makes images of 4 x 4."""
+    return 16
+
+
+def _plain_image(shrink: float = 1.0, types: bool = False, images: tuple[int, ...] = ()) -> Any:
+    """Inputs of a model that takes square images, one token per ``shrink`` patches.
+
+    Args:
+        types: whether the model wants to be told which tokens are an image.
+        images: extra dimensions of the pixels.
+    """
+
+    def build(model: Any) -> Inputs:
+        config = model.config
+        count = int(_patches(config) / shrink)
+        media = {"pixel_values": _pixels(config, *images)}
+        inputs = _with_media(_image_token(config), count, media)
+        if types:
+            inputs["token_type_ids"] = (inputs["input_ids"] == _image_token(config)).long()
+        return inputs
+
+    return build
+
+
+def _llava_onevision(model: Any) -> Inputs:
+    pixels = _pixels(model.config, 2)  # the whole image, and one part of it
+    sizes = torch.tensor([[pixels.shape[-1]] * 2] * 2)
+    media = {"pixel_values": pixels, "image_sizes": sizes}
+    with torch.no_grad():
+        features = model.get_image_features(**media).pooler_output
+    return _with_media(_image_token(model.config), len(features[0]), media)
+
+
+def _qwen_image(model: Any) -> Inputs:
+    vision = model.config.vision_config
+    channels = getattr(vision, "in_channels", None) or vision.in_chans
+    pixels = channels * vision.temporal_patch_size * vision.patch_size**2
+    grid = torch.tensor([[1, 4, 4]] * 2)
+    media = {"pixel_values": _noise(32, pixels), "image_grid_thw": grid}
+    token = _image_token(model.config)
+    inputs = _with_media(token, 16 // vision.spatial_merge_size**2, media)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).int()
+    return inputs
+
+
+def _sound(model: Any) -> Tensor:
+    audio = getattr(model.config, "audio_config", model.config)
+    return _noise(2, audio.num_mel_bins, 2 * audio.max_source_positions)
+
+
+def _qwen2_audio(model: Any) -> Inputs:
+    sound = _sound(model)
+    heard = torch.ones(2, sound.shape[-1], dtype=torch.long)
+    media = {"input_features": sound, "feature_attention_mask": heard}
+    return _with_media(model.config.audio_token_index, sound.shape[-1] // 4, media)
+
+
+def _voxtral(model: Any) -> Inputs:
+    sound = _sound(model)
+    frames = model.config.audio_config.intermediate_size // model.config.audio_config.hidden_size
+    count = sound.shape[-1] // 2 // frames
+    return _with_media(model.config.audio_token_id, count, {"input_features": sound})
+
+
+def _qwen_omni(model: Any) -> Inputs:
+    """A sound and an image."""
+    inputs = _qwen_image(model)
+    del inputs["mm_token_type_ids"]
+    sound = _noise(2, model.config.audio_config.num_mel_bins, 40)
+    media = {
+        "input_features": sound,
+        "feature_attention_mask": torch.ones(2, 40, dtype=torch.long),
+    }
+    with torch.no_grad():
+        heard = model.get_audio_features(**media)
+    features = getattr(heard, "pooler_output", heard)
+    count = (features if isinstance(features, Tensor) else features.last_hidden_state).shape[0] // 2
+    at = _MEDIA_AT + 40
+    inputs["input_ids"][:, at : at + count] = model.config.audio_token_id
+    return {**inputs, **media}
+
+
+def _whisper(model: Any) -> Inputs:
+    return {"input_features": _sound(model), "decoder_input_ids": text()}
+
+
+_MEDIA: dict[str, Callable[[Any], Inputs]] = {
+    "Gemma3ForConditionalGeneration": _plain_image(4, types=True),
+    "Idefics3ForConditionalGeneration": _plain_image(4, images=(1,)),
+    "InternVLForConditionalGeneration": _plain_image(4),
+    "LlavaForConditionalGeneration": _plain_image(),
+    "LlavaOnevisionForConditionalGeneration": _llava_onevision,
+    "PaliGemmaForConditionalGeneration": _plain_image(types=True),
+    "Qwen2AudioForConditionalGeneration": _qwen2_audio,
+    "Qwen2VLForConditionalGeneration": _qwen_image,
+    "Qwen2_5OmniThinkerForConditionalGeneration": _qwen_omni,
+    "Qwen2_5_VLForConditionalGeneration": _qwen_image,
+    "Qwen3OmniMoeThinkerForConditionalGeneration": _qwen_omni,
+    "Qwen3VLForConditionalGeneration": _qwen_image,
+    "SmolVLMForConditionalGeneration": _plain_image(4, images=(1,)),
+    "VoxtralForConditionalGeneration": _voxtral,
+    "WhisperForConditionalGeneration": _whisper,
+}

@@ -26,7 +26,6 @@ _GEMMA_3N = {
     "num_kv_shared_layers": 2,
 }
 _QWEN_OMNI_TOKENS = {"vision_start_token_id": 130, "audio_start_token_id": 131}
-_SMALL_VISION = {"intermediate_size": WIDTH}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {**_MAMBA, "attn_layer_indices": [1]},
@@ -60,6 +59,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "LlavaOnevisionForConditionalGeneration": {"image_grid_pinpoints": [[56, 56]]},
     "Mamba2ForCausalLM": {"num_heads": 8},
     "MinistralForCausalLM": _HEAD_DIM,
     "MistralForCausalLM": {"sliding_window": None},
@@ -76,6 +76,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
     "ReformerModelWithLMHead": {"is_decoder": True},
     "Step3p7ForConditionalGeneration": {"text_config": {"sliding_window": 48}},
+    "VoxtralForConditionalGeneration": {
+        "audio_token_id": 130,
+        "audio_config": {"intermediate_size": 4 * WIDTH},
+    },
     "XLNetLMHeadModel": {"d_head": HEAD_DIM, "d_inner": WIDTH},
     "XmodForCausalLM": {"default_language": "en_XX"},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
