@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 3000
 # The oldest Transformers that pyproject.toml accepts.
 OLDEST_TRANSFORMERS := 5.17.0
 
-.PHONY: demo test test-oldest lint bench-cpu clean
+.PHONY: demo test test-all test-oldest support-matrix lint bench-cpu clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest -n auto
+
+test-all: $(READY)
+	$(BIN)/pytest -n auto -m "slow or not slow"
+
+support-matrix: $(READY)
+	$(BIN)/python tests/support_matrix.py
 
 test-oldest: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade \

@@ -11,6 +11,7 @@ from families import Family, each_family, left_padded, page_counts, teacher_forc
 from torch import Tensor
 
 from oscar_kv import OscarConfig
+from oscar_kv.integrations.encoder_decoder import OscarEncoderDecoderCache
 from oscar_kv.integrations.transformers import OscarCache
 
 # One family per kind of attention: plain, soft-capped, sliding, with sinks, recurrent, shared.
@@ -218,12 +219,7 @@ def test_a_reset_cache_is_as_good_as_new(family: Family) -> None:
 
 def test_encoder_decoder() -> None:
     """The decoder's own states are quantized; those it reads from the encoder are not."""
-    from transformers import (
-        BartConfig,
-        BartForConditionalGeneration,
-        DynamicCache,
-        EncoderDecoderCache,
-    )
+    from transformers import BartConfig, BartForConditionalGeneration
 
     config = BartConfig(
         vocab_size=97,
@@ -247,17 +243,17 @@ def test_encoder_decoder() -> None:
     outputs = []
     for implementation in ("oscar", "sdpa"):
         model.set_attn_implementation(implementation)
-        own = OscarCache(config, OscarConfig.paper())
+        cache = OscarEncoderDecoderCache(config, OscarConfig.paper())
         outputs.append(
             model.generate(
                 tokens(2, 150),
                 decoder_input_ids=tokens(2, 140, seed=1),
-                past_key_values=EncoderDecoderCache(own, DynamicCache()),
+                past_key_values=cache,
                 max_new_tokens=10,
                 num_beams=2,
             ).tolist()
         )
-        assert page_counts(own) == [1, 1]
+        assert page_counts(cache.self_attention_cache) == [1, 1]
     assert outputs[0] == outputs[1]
 
 

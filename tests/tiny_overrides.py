@@ -84,3 +84,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "XmodForCausalLM": {"default_language": "en_XX"},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }
+
+NOT_BUILT = {
+    "BltForCausalLM": "its patcher and hash tables have sizes of their own",
+    "VibeVoiceForConditionalGeneration": "needs diffusers",
+}

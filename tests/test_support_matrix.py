@@ -1,0 +1,96 @@
+"""Every class of Transformers that generates text, and what ``docs/models.md`` says about it.
+
+A few classes of each kind by default; the others are ``slow`` (``make test-all``).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from support import class_names, examine, oscar_cache, tiny_model
+from support_matrix import documented, documented_version, row
+from transformers import DynamicCache, EncoderDecoderCache
+
+from oscar_kv import OscarCache, OscarEncoderDecoderCache
+
+SUBSET = (
+    "BartForConditionalGeneration",
+    "BloomForCausalLM",  # attention of its own
+    "DeepseekV3ForCausalLM",  # latent attention
+    "FalconMambaForCausalLM",  # nothing to quantize
+    "Gemma3ForConditionalGeneration",
+    "GitForCausalLM",  # adds masks to scores, under any name of an attention
+    "LlamaForCausalLM",
+    "MllamaForConditionalGeneration",  # layers that cache images
+    "PaliGemmaForConditionalGeneration",  # prompts attend in both directions
+    "PegasusXForConditionalGeneration",  # does not say that it is causal
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3NextForCausalLM",  # linear attention
+    "T5ForConditionalGeneration",  # position biases
+    "VoxtralForConditionalGeneration",
+    "WhisperForConditionalGeneration",
+)
+
+
+def _each_class() -> list[object]:
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in class_names()]
+    return [*SUBSET, *(case for case in slow if case.values[0] not in SUBSET)]
+
+
+@pytest.mark.parametrize("name", _each_class())
+def test_class_does_what_the_page_says(name: str) -> None:
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    outcome = examine(name)
+    assert outcome.status != "wrong", outcome.reason
+    if transformers.__version__ == documented_version():
+        assert row(outcome) in documented()[outcome.status]
+
+
+def test_page_has_every_class_and_no_wrong_one() -> None:
+    sections = documented()
+    assert "wrong" not in sections
+    supported = len(sections["packed"]) + len(sections["dequantized"])
+    assert supported >= 60
+    if transformers.__version__ == documented_version():
+        named = [line.split("`")[1] for lines in sections.values() for line in lines]
+        assert sorted(named) == class_names()
+
+
+def test_encoder_decoder_needs_its_own_cache() -> None:
+    """A plain one would get the encoder's states as if the decoder had written them."""
+    model = tiny_model("T5ForConditionalGeneration")
+    with pytest.raises(ValueError, match="use OscarEncoderDecoderCache"):
+        OscarCache(model.config)
+    with pytest.raises(ValueError, match="use OscarCache"):
+        OscarEncoderDecoderCache(tiny_model("LlamaForCausalLM").config)
+    with pytest.raises(TypeError, match=r"expected model\.config"):
+        OscarEncoderDecoderCache(model)  # pyright: ignore[reportArgumentType]
+
+
+def test_encoder_decoder_cache_can_be_cropped() -> None:
+    model = tiny_model("T5ForConditionalGeneration")
+    theirs = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    ids = torch.arange(3, 23)[None]
+    after = []
+    for cache in (oscar_cache(model), theirs):
+        with torch.no_grad():
+            model(input_ids=ids, decoder_input_ids=ids, past_key_values=cache)
+            cache.crop(-5)
+            assert cache.get_seq_length() == 15
+            out = model(input_ids=ids, decoder_input_ids=ids[:, :1], past_key_values=cache)
+        after.append(out.logits)
+    assert torch.allclose(*after, atol=1e-4)
+
+
+def test_model_that_was_told_to_use_no_cache() -> None:
+    config = tiny_model("LlamaForCausalLM").config
+    config.use_cache = False
+    with pytest.raises(ValueError, match="use_cache is False"):
+        OscarCache(config)
+
+
+def test_model_without_keys_and_values() -> None:
+    with pytest.raises(ValueError, match="keeps no keys and values"):
+        OscarCache(transformers.RwkvConfig(num_hidden_layers=2))
