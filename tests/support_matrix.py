@@ -22,11 +22,13 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 _INTRODUCTION = """# Models
 
 What `OscarCache` (for models with an encoder, `OscarEncoderDecoderCache`) does for every class of
-Transformers {version} that generates text. Written by `make support-matrix`: a tiny random model of
-each class generates on a CPU with its own cache; with ours where everything stays in full precision,
-which must give the same tokens; and with `compact`, whose logits must be close. With
-`attn_implementation="oscar"` and with the model's own attention, which must agree. Prompts are text,
-two of them and one padded, except where an image or a sound is named. `make test-all` repeats it.
+Transformers {version} that generates text. Written by `make support-matrix`: a tiny random model
+of each class generates in float32 on a CPU, with its own cache, with ours where everything stays in
+full precision, which must give the same tokens, and with `compact`, whose logits must be close.
+Twice: with the model's own attention and with `attn_implementation="oscar"`, which must agree.
+Prompts are two texts, one of them padded, except where an image or a sound is named. Layers are
+those of the class's default config, one of each kind, or as in `tests/tiny_overrides.py`.
+`make test-all` repeats it.
 
 | outcome | classes |
 |---|---|
@@ -42,8 +44,8 @@ _SECTIONS = {
     "unsupported": ("Raises", "With these words."),
     "not tested": (
         "Not tested",
-        "No tiny model could be built, or it did not generate with its own cache. That says nothing "
-        "about ours.",
+        "No tiny model could be built, or it did not generate with its own cache. That says "
+        "nothing about ours.",
     ),
     "wrong": ("Wrong", "Bugs. This section should not exist."),
 }

@@ -92,5 +92,5 @@ def test_model_that_was_told_to_use_no_cache() -> None:
 
 
 def test_model_without_keys_and_values() -> None:
-    with pytest.raises(ValueError, match="keeps no keys and values"):
+    with pytest.raises(ValueError, match="does not keep its keys and values"):
         OscarCache(transformers.RwkvConfig(num_hidden_layers=2))

@@ -17,98 +17,88 @@ FIRST_SPECIAL_TOKEN = 120
 """Ids from here on mean images, audio and the like; prompts use the ones below."""
 POSITIONS = 1024
 
-_SIZES: dict[str, int] = {
-    **dict.fromkeys(
-        (
-            "hidden_size d_model n_embd embed_dim embedding_size intermediate_size d_ff ffn_dim "
-            "ffn_hidden_size encoder_ffn_dim decoder_ffn_dim moe_intermediate_size mlp_dim dim "
-            "expert_ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size "
-            "moe_shared_expert_intermediate_size intermediate_size_mlp out_hidden_size "
-            "projection_dim output_dim text_hidden_size encoder_hidden_size word_embed_proj_dim "
-            "projector_hidden_size attention_hidden_size emb_dim lru_width n_inner n_ctx_dim "
-            "dense_intermediate_size mm_hidden_size vision_output_dim cross_attention_hidden_size "
-            "audio_hidden_size proj_dim hidden_dim mlp_hidden_size"
-        ).split(),
+_BY_SIZE = (
+    (
         WIDTH,
+        """
+        hidden_size d_model n_embd embed_dim embedding_size intermediate_size d_ff ffn_dim
+        ffn_hidden_size encoder_ffn_dim decoder_ffn_dim moe_intermediate_size mlp_dim dim
+        expert_ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size
+        moe_shared_expert_intermediate_size intermediate_size_mlp out_hidden_size projection_dim
+        output_dim text_hidden_size encoder_hidden_size word_embed_proj_dim projector_hidden_size
+        attention_hidden_size lru_width vision_output_dim cross_attention_hidden_size
+        audio_hidden_size hidden_dim mlp_hidden_size
+    """,
     ),
-    **dict.fromkeys(
-        (
-            "num_attention_heads num_heads n_head n_heads encoder_attention_heads "
-            "decoder_attention_heads attention_heads num_encoder_attention_heads "
-            "num_decoder_attention_heads swa_num_attention_heads"
-        ).split(),
+    (
         HEADS,
+        """
+        num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads
+        attention_heads num_encoder_attention_heads num_decoder_attention_heads
+        swa_num_attention_heads
+    """,
     ),
-    **dict.fromkeys(
-        "num_key_value_heads num_kv_heads swa_num_key_value_heads decoder_num_key_value_heads "
-        "encoder_num_key_value_heads num_global_key_value_heads".split(),
+    (
         KV_HEADS,
+        """
+        num_key_value_heads num_kv_heads swa_num_key_value_heads decoder_num_key_value_heads
+        encoder_num_key_value_heads num_global_key_value_heads
+    """,
     ),
-    **dict.fromkeys("head_dim d_kv v_head_dim kv_channels swa_head_dim".split(), HEAD_DIM),
-    # Latent attention.
-    "kv_lora_rank": 32,
-    "q_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "qk_head_dim": 32,
-    "index_n_heads": 4,
-    "index_head_dim": 32,
-    # Experts.
-    **dict.fromkeys(
-        "num_experts num_local_experts n_routed_experts moe_num_experts".split(),
+    (HEAD_DIM, "head_dim d_kv v_head_dim kv_channels swa_head_dim qk_head_dim index_head_dim"),
+    # latent and indexed attention
+    (32, "kv_lora_rank q_lora_rank mamba_head_dim mamba_d_head"),
+    (
+        16,
+        """
+        qk_nope_head_dim qk_rope_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state
+        ssm_state_size state_size hidden_size_per_layer_input num_mel_bins
+    """,
+    ),
+    # experts, heads of linear attention
+    (8, "mamba_num_heads mamba_n_heads"),
+    (
         4,
+        """
+        num_experts num_local_experts n_routed_experts moe_num_experts index_n_heads
+        linear_num_value_heads num_query_tokens
+    """,
     ),
-    **dict.fromkeys("num_experts_per_tok moe_topk top_k_experts moe_k moe_top_k".split(), 2),
-    **dict.fromkeys("n_group topk_group first_k_dense_replace num_shared_experts".split(), 1),
-    "n_shared_experts": 1,
-    # Linear attention.
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "mamba_d_state": 16,
-    "ssm_state_size": 16,
-    "state_size": 16,
-    "mamba_num_heads": 8,
-    "mamba_n_heads": 8,
-    "mamba_head_dim": 32,
-    "mamba_d_head": 32,
-    "mamba_n_groups": 1,
-    "n_groups": 1,
-    "mamba_expand": 2,
-    "mamba_chunk_size": 64,
-    # Windows: shorter than a prompt, so that they are felt.
-    **dict.fromkeys("sliding_window attention_chunk_size sliding_window_size".split(), 48),
-    "hidden_size_per_layer_input": 16,
-    "num_mel_bins": 16,
-    "num_query_tokens": 4,
-    # One image of 4 x 4 patches, one sound of 40 frames.
+    (
+        2,
+        """
+        num_experts_per_tok moe_topk top_k_experts moe_k moe_top_k linear_num_key_heads mamba_expand
+    """,
+    ),
+    (
+        1,
+        """
+        n_group topk_group first_k_dense_replace num_shared_experts n_shared_experts mamba_n_groups
+        n_groups
+    """,
+    ),
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size"),
+    (
+        POSITIONS,
+        """
+        max_position_embeddings n_positions max_target_positions n_ctx max_seq_len
+        max_sequence_length
+    """,
+    ),
+    # windows: shorter than a prompt, so that they are felt
+    (48, "sliding_window attention_chunk_size sliding_window_size"),
+    (64, "mamba_chunk_size"),
+)
+_SIZES = {name: size for size, names in _BY_SIZE for name in names.split()} | {
+    # one image of 4 x 4 patches, one sound of 40 frames
     "mm_tokens_per_image": 4,
     "max_source_positions": 20,
     "scale_factor": 2,
 }
-_VOCABULARIES = {"vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"}
-_POSITION_COUNTS = {
-    "max_position_embeddings",
-    "n_positions",
-    "max_target_positions",
-    "n_ctx",
-    "max_seq_len",
-    "max_sequence_length",
-}
-_LAYER_COUNTS = {
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "num_decoder_layers",
-    "num_encoder_layers",
-    "depth",
-    "encoder_num_hidden_layers",
-    "decoder_num_hidden_layers",
-}
+_LAYER_COUNTS = """
+    num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers
+    num_encoder_layers depth encoder_num_hidden_layers decoder_num_hidden_layers
+""".split()  # noqa: SIM905
 _BOOKKEEPING = {"model_type", "architectures", "transformers_version", "dtype", "auto_map"}
 
 
@@ -146,10 +136,6 @@ def _shrunk_level(config: PreTrainedConfig, special: Any) -> dict[str, Any]:
             continue
         elif common in _LAYER_COUNTS:
             fields[name] = len(layers.kept)
-        elif common in _VOCABULARIES:
-            fields[name] = VOCABULARY
-        elif common in _POSITION_COUNTS:
-            fields[name] = POSITIONS
         elif name.endswith(("_token_id", "_token_index")) and value >= 3:
             fields[name] = next(special)
         elif common in _SIZES and value > 0:

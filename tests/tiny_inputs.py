@@ -13,6 +13,8 @@ Inputs = dict[str, Any]
 
 PROMPT, PADDING = 400, 37
 """Tokens of a prompt, enough for a page beside the recent window, and how many are padding."""
+PATCHES = 16
+"""Of one image: ``tiny_config`` makes them 4 x 4."""
 _MEDIA_AT = 50
 """Where the tokens that stand for an image or a sound begin."""
 
@@ -62,15 +64,9 @@ def _image_token(config: Any) -> int:
     return getattr(config, "image_token_id", None) or config.image_token_index
 
 
-def _pixels(config: Any, *images: int) -> Tensor:
-    vision = config.vision_config
+def _pixels(vision: Any, *images: int) -> Tensor:
     side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
     return _noise(2, *images, 3, side, side)
-
-
-def _patches(config: Any) -> int:
-    """Patches of one image: ``tiny_config`` makes images of 4 x 4."""
-    return 16
 
 
 def _plain_image(shrink: float = 1.0, types: bool = False, images: tuple[int, ...] = ()) -> Any:
@@ -83,8 +79,8 @@ def _plain_image(shrink: float = 1.0, types: bool = False, images: tuple[int, ..
 
     def build(model: Any) -> Inputs:
         config = model.config
-        count = int(_patches(config) / shrink)
-        media = {"pixel_values": _pixels(config, *images)}
+        count = int(PATCHES / shrink)
+        media = {"pixel_values": _pixels(config.vision_config, *images)}
         inputs = _with_media(_image_token(config), count, media)
         if types:
             inputs["token_type_ids"] = (inputs["input_ids"] == _image_token(config)).long()
@@ -94,7 +90,7 @@ def _plain_image(shrink: float = 1.0, types: bool = False, images: tuple[int, ..
 
 
 def _llava_onevision(model: Any) -> Inputs:
-    pixels = _pixels(model.config, 2)  # the whole image, and one part of it
+    pixels = _pixels(model.config.vision_config, 2)  # the whole image, and one part of it
     sizes = torch.tensor([[pixels.shape[-1]] * 2] * 2)
     media = {"pixel_values": pixels, "image_sizes": sizes}
     with torch.no_grad():
@@ -107,9 +103,9 @@ def _qwen_image(model: Any) -> Inputs:
     channels = getattr(vision, "in_channels", None) or vision.in_chans
     pixels = channels * vision.temporal_patch_size * vision.patch_size**2
     grid = torch.tensor([[1, 4, 4]] * 2)
-    media = {"pixel_values": _noise(32, pixels), "image_grid_thw": grid}
+    media = {"pixel_values": _noise(2 * PATCHES, pixels), "image_grid_thw": grid}
     token = _image_token(model.config)
-    inputs = _with_media(token, 16 // vision.spatial_merge_size**2, media)
+    inputs = _with_media(token, PATCHES // vision.spatial_merge_size**2, media)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).int()
     return inputs
 
@@ -151,16 +147,44 @@ def _qwen_omni(model: Any) -> Inputs:
     return {**inputs, **media}
 
 
+def _blip_2(model: Any) -> Inputs:
+    media = {"pixel_values": _pixels(model.config.vision_config)}
+    if "Instruct" in type(model).__name__:
+        media["qformer_input_ids"] = text(10)
+    return _with_media(_image_token(model.config), model.config.num_query_tokens, media)
+
+
+def _idefics(model: Any) -> Inputs:
+    seen = torch.ones(2, PROMPT, 1, dtype=torch.long)
+    pixels = _pixels(model.config.vision_config, 1)
+    return {**left_padded_text(), "pixel_values": pixels, "image_attention_mask": seen}
+
+
+def _encoded(name: str, *shape: int) -> Callable[[Any], Inputs]:
+    """Inputs of a model with an encoder that reads ``name``, two of ``shape``."""
+    return lambda model: {name: _noise(2, *shape), "decoder_input_ids": text()}
+
+
 def _whisper(model: Any) -> Inputs:
     return {"input_features": _sound(model), "decoder_input_ids": text()}
 
 
+def _vision_encoder(model: Any) -> Inputs:
+    return {"pixel_values": _pixels(model.config.encoder), "decoder_input_ids": text()}
+
+
 _MEDIA: dict[str, Callable[[Any], Inputs]] = {
+    "Blip2ForConditionalGeneration": _blip_2,
+    "CanaryForConditionalGeneration": _encoded("input_features", 40, 16),
+    "CohereAsrForConditionalGeneration": _encoded("input_features", 40, 16),
     "Gemma3ForConditionalGeneration": _plain_image(4, types=True),
     "Idefics3ForConditionalGeneration": _plain_image(4, images=(1,)),
+    "IdeficsForVisionText2Text": _idefics,
+    "InstructBlipForConditionalGeneration": _blip_2,
     "InternVLForConditionalGeneration": _plain_image(4),
     "LlavaForConditionalGeneration": _plain_image(),
     "LlavaOnevisionForConditionalGeneration": _llava_onevision,
+    "MoonshineForConditionalGeneration": _encoded("input_values", 4000),
     "PaliGemmaForConditionalGeneration": _plain_image(types=True),
     "Qwen2AudioForConditionalGeneration": _qwen2_audio,
     "Qwen2VLForConditionalGeneration": _qwen_image,
@@ -168,7 +192,12 @@ _MEDIA: dict[str, Callable[[Any], Inputs]] = {
     "Qwen2_5_VLForConditionalGeneration": _qwen_image,
     "Qwen3OmniMoeThinkerForConditionalGeneration": _qwen_omni,
     "Qwen3VLForConditionalGeneration": _qwen_image,
+    "SeamlessM4TForSpeechToText": _encoded("input_features", 40, 160),
+    "SeamlessM4Tv2ForSpeechToText": _encoded("input_features", 40, 160),
     "SmolVLMForConditionalGeneration": _plain_image(4, images=(1,)),
+    "Speech2TextForConditionalGeneration": _encoded("input_features", 40, 80),
+    "SpeechT5ForSpeechToText": _encoded("input_values", 4000),
+    "VisionEncoderDecoderModel": _vision_encoder,
     "VoxtralForConditionalGeneration": _voxtral,
     "WhisperForConditionalGeneration": _whisper,
 }

@@ -25,17 +25,38 @@ _GEMMA_3N = {
     "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
     "num_kv_shared_layers": 2,
 }
+_COMPASS = {
+    "rope_parameters": {
+        "full_attention": _mrope(4, 6, 6),
+        "sliding_attention": _mrope(4, 6, 6),
+    }
+}
+_QWEN_4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "rope_parameters": {"partial_rotary_factor": 0.25},
+}
 _QWEN_OMNI_TOKENS = {"vision_start_token_id": 130, "audio_start_token_id": 131}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {**_MAMBA, "attn_layer_indices": [1]},
+    "Blip2ForConditionalGeneration": {"image_token_index": 130},
     "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 120}},
     "CodeGenForCausalLM": {"rotary_dim": 16},
-    "CohereCompassForCausalLM": {"rope_parameters": None},
-    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "CohereCompassForCausalLM": _COMPASS,
+    "CohereCompassForConditionalGeneration": {"text_config": _COMPASS},
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
-    "Dots1ForCausalLM": {"n_routed_experts": 4},
+    "Dots1ForCausalLM": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+    },
     "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": 120}},
+    "Ernie4_5_VLMoeForConditionalGeneration": {"text_config": {"rope_parameters": _mrope(6, 6, 4)}},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32},
     "GPTJForCausalLM": {"rotary_dim": 16},
     "Gemma3nForCausalLM": _GEMMA_3N,
@@ -52,7 +73,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "HrmTextForCausalLM": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "HunYuanDenseV1ForCausalLM": _HEAD_DIM,
     "HunYuanMoEV1ForCausalLM": _HEAD_DIM,
-    "HunYuanVLForConditionalGeneration": {"text_config": _HEAD_DIM},
+    "HunYuanVLForConditionalGeneration": {
+        "text_config": {**_HEAD_DIM, "rope_parameters": {"xdrope_section": [4, 4, 4, 4]}}
+    },
+    "Idefics2ForConditionalGeneration": {"text_config": {"sliding_window": None}},
+    "InstructBlipForConditionalGeneration": {"image_token_index": 130},
     "JambaForCausalLM": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -61,20 +86,32 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
     "LlavaOnevisionForConditionalGeneration": {"image_grid_pinpoints": [[56, 56]]},
     "Mamba2ForCausalLM": {"num_heads": 8},
-    "MinistralForCausalLM": _HEAD_DIM,
+    "MinistralForCausalLM": {
+        **_HEAD_DIM,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "Mistral4ForCausalLM": {
+        "qk_rope_head_dim": 16,
+        "rope_parameters": {"partial_rotary_factor": 1.0},
+    },
     "MistralForCausalLM": {"sliding_window": None},
     "MllamaForCausalLM": {"cross_attention_layers": [1]},
     "MllamaForConditionalGeneration": {"text_config": {"cross_attention_layers": [1]}},
     "Molmo2ForConditionalGeneration": {"adapter_config": {"vision_feature_layer": [1, 0]}},
-    "MoshiForCausalLM": {"sliding_window": None},
+    "MoonshineForConditionalGeneration": {
+        "encoder_num_key_value_heads": 4,
+        "decoder_num_key_value_heads": 4,
+    },
     "NemotronForCausalLM": {**_HEAD_DIM, "num_key_value_heads": 2},
     "PaddleOCRVLForConditionalGeneration": {"text_config": _MROPE},
     "Qwen2VLForConditionalGeneration": {"text_config": _MROPE},
     "Qwen2_5OmniThinkerForConditionalGeneration": {**_QWEN_OMNI_TOKENS, "text_config": _MROPE},
     "Qwen2_5_VLForConditionalGeneration": {"text_config": _MROPE},
+    "Qwen4ExpForCausalLM": _QWEN_4,
+    "Qwen4ExpForConditionalGeneration": {"text_config": _QWEN_4},
     "Qwen3OmniMoeThinkerForConditionalGeneration": {**_QWEN_OMNI_TOKENS, "text_config": _MROPE},
     "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
-    "ReformerModelWithLMHead": {"is_decoder": True},
+    "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds": False},
     "Step3p7ForConditionalGeneration": {"text_config": {"sliding_window": 48}},
     "VoxtralForConditionalGeneration": {
         "audio_token_id": 130,
@@ -82,6 +119,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "XLNetLMHeadModel": {"d_head": HEAD_DIM, "d_inner": WIDTH},
     "XmodForCausalLM": {"default_language": "en_XX"},
+    "Zamba2ForCausalLM": {"mamba_headdim": 32, "n_mamba_heads": 8},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }
 

@@ -19,10 +19,9 @@ from oscar_kv.integrations.compile import untraced
 from oscar_kv.integrations.lazy import AttentionView, LazyStates
 from oscar_kv.kernels import extend_attention
 
-
-_NEED_ADDITIVE_MASK = ("bigbird_pegasus", "git", "nllb_moe", "nllb-moe", "pegasus_x")
-"""Models written for eager attention only, which accept ``"oscar"`` nevertheless: they add the mask to
-scores themselves in some layers, or do not say that a layer without a mask is causal."""
+_NEED_ADDITIVE_MASK = ("bigbird_pegasus", "git", "nllb-moe", "pegasus_x")
+"""Model types written for eager attention only, which accept ``"oscar"`` nevertheless: they add the
+mask to scores themselves in some layers, or do not say that a layer without a mask is causal."""
 
 
 def register() -> None:

@@ -361,9 +361,9 @@ class ImageLayer(DynamicLayer):
     """What one layer of a text model reads of an image: stored once, and taken out as it is."""
 
 
-# Generate text without keys and values of earlier tokens, or keep them their own way. Transformers
-# lets them ignore the cache that they are given, and their configs do not tell.
-_WITHOUT_KV_CACHE = ("reformer", "rwkv", "xlnet", "xlstm")
+# Generate text without keys and values of earlier tokens, or keep them their own way. Some would
+# ignore the cache that they are given, and their configs do not tell.
+_WITHOUT_KV_CACHE = ("minimax", "openai-gpt", "reformer", "rwkv", "xlm", "xlnet", "xlstm")
 
 
 def _require_usable_cache(model_config: PreTrainedConfig) -> None:
@@ -373,11 +373,11 @@ def _require_usable_cache(model_config: PreTrainedConfig) -> None:
         # Given a plain cache, most decoders would store the encoder's states as their own.
         raise ValueError(f"{name} has an encoder: use OscarEncoderDecoderCache(model.config)")
     if name in _WITHOUT_KV_CACHE:
-        raise ValueError(f"{name} keeps no keys and values in a cache of Transformers")
+        raise ValueError(f"{name} does not keep its keys and values in a cache of Transformers")
     if getattr(model_config, "use_cache", True) is False:
         # generate() may then feed, and the cache store, the whole sequence in every step.
         raise ValueError(
-            "model.config.use_cache is False: set it, and model.generation_config.use_cache, to True"
+            "model.config.use_cache is False: expected True, here and in model.generation_config"
         )
 
 
