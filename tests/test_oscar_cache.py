@@ -380,6 +380,31 @@ def test_what_cannot_be_honoured_raises(name: str, value: Any) -> None:
         attend(keys, values, **{name: value})
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_position_bias_is_added_to_logits(masked: bool) -> None:
+    """Packed attention of a bias equals scaled-dot-product attention over the same states."""
+    keys, values = filled_layer().update(*states(4, seed=1))
+    mask = torch.ones(1, 1, 4, 304, dtype=torch.bool).tril(300) if masked else None
+    bias = torch.randn(1, 4, 4, 304)
+    plain = attend(keys.clone(), values.clone(), 4, attention_mask=mask, position_bias=bias)
+    packed = attend(keys, values, 4, attention_mask=mask, position_bias=bias)
+    assert torch.allclose(packed, plain, atol=1e-4)
+    assert not torch.allclose(packed, attend(keys, values, 4, attention_mask=mask), atol=1e-2)
+
+
+def test_layer_hands_out_its_states() -> None:
+    """Some models read ``keys`` and ``values`` of a layer instead of what an update returned."""
+    layer = OscarLayer(OscarConfig.compact())
+    assert layer.keys is None
+    assert layer.values is None
+    new = states(40)
+    layer.update(*new)
+    assert layer.keys is not None
+    assert layer.values is not None
+    assert torch.equal(layer.keys.clone(), new[0])
+    assert torch.equal(layer.values.clone(), new[1])
+
+
 def test_sparse_selection_raises_with_any_cache() -> None:
     with pytest.raises(ValueError, match="indices"):
         attend(*states(10), indices=torch.zeros(1, 1, 4, dtype=torch.int64))

@@ -35,7 +35,7 @@ _BY_SIZE = (
         """
         num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads
         attention_heads num_encoder_attention_heads num_decoder_attention_heads
-        swa_num_attention_heads
+        swa_num_attention_heads encoder_num_attention_heads decoder_num_attention_heads
     """,
     ),
     (
