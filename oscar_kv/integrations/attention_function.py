@@ -108,7 +108,10 @@ def oscar_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of ``"oscar"``: ``None`` for plain causality over the whole cache, else boolean."""
+    """The mask of ``"oscar"``: ``None`` for plain causality over the whole cache, else boolean.
+
+    Models of ``_NEED_ADDITIVE_MASK`` always get an additive one.
+    """
     if getattr(kwargs.get("config"), "model_type", None) in _NEED_ADDITIVE_MASK:
         return eager_mask(
             batch_size,
