@@ -132,6 +132,9 @@ def takes(call: AttentionCall) -> bool:
 def decode_program(layout: PageLayout, dtype: torch.dtype, team: int) -> Program:
     """The kernel that finds the parts; its constants come from the one definition of a page."""
     config = layout.config
+    # A page up to its unit, and behind it the token scales that lie in other heads' pages.
+    scales = 2 * PAGE_TOKENS if config.token_scale == "cross_head" else 0
+    stage = layout.fields["value_unit"].offset + 16 + scales
     constants = {
         "WARPS": WARPS,
         "COLUMNS": COLUMNS,
@@ -150,11 +153,11 @@ def decode_program(layout: PageLayout, dtype: torch.dtype, team: int) -> Program
         "BFLOAT": int(dtype == torch.bfloat16),
         "ROTATION_UNIT": f"{layout.head_dim**-0.5!r}f",
         "TEAM": team,
+        "DENSE_TOKENS": DENSE_TOKENS,
+        "STAGE_BYTES": stage,
         "BLOCKS_PER_SM": _MOST_BLOCKS_PER_SM,
     }
     # Two pages per team, and the query with its factors; afterwards what warps found, to merge.
-    scales = 2 * PAGE_TOKENS if config.token_scale == "cross_head" else 0
-    stage = layout.fields["value_unit"].offset + 16 + scales
     query = COLUMNS * (2 * layout.head_dim + 4)
     merging = WARPS * COLUMNS * 4 * (layout.value_dim + 4 + 2)
     memory = max(2 * stage * WARPS // team + query, merging)

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from oscar_kv.kernels import cuda_decode, cuda_driver
 from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
@@ -80,8 +81,6 @@ def _not_for_triton(layout: PageLayout, device: torch.device) -> str | None:
 
 
 def _not_for_cuda(layout: PageLayout, device: torch.device) -> str | None:
-    from oscar_kv.kernels import cuda_decode, cuda_driver
-
     if device.type != "cuda":
         return f"needs an NVIDIA GPU, not {device.type}"
     return (

@@ -19,8 +19,8 @@
 #include <softmax.cuh>
 #include <states.cuh>
 
-constexpr int kDenseTiles = 2;                           // of 16 full-precision tokens, of a warp
-constexpr int kDenseTokens = 16 * kDenseTiles * kWarps;  // of a block, and so of a dense part
+constexpr int kDenseTokens = DENSE_TOKENS;                 // of a block, and so of a dense part
+constexpr int kDenseTiles = kDenseTokens / (16 * kWarps);  // of 16 tokens, of a warp
 
 __device__ inline void sync_team(int team) {
   if (TEAM == 1)

@@ -11,7 +11,7 @@ constexpr int kGroups = KEY_GROUPS * kPlanes > 8 ? KEY_GROUPS * kPlanes / 8 : 1;
 constexpr int kBlocksOfGroup = kBlocks / VALUE_GROUPS;
 constexpr int kAtOnce = kBlocksOfGroup % 4 == 0 ? 4 : kBlocksOfGroup % 2 == 0 ? 2 : 1;
 constexpr int kUsed = VALUE_UNIT + 16;  // bytes of a page that are read
-constexpr int kStage = kUsed + (SHARED_SCALE ? 2 * kPage : 0);
+constexpr int kStage = STAGE_BYTES;     // these, and the token scales of other heads' pages
 constexpr u32 kOnes = 0x3c003c00u;
 
 // The float16 pair (4**-n, 4**-n).
