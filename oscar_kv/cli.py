@@ -118,12 +118,7 @@ def generate(
     from oscar_kv.evaluation.quality import make_cache
     from oscar_kv.render import size
 
-    generation.quiet()
-    with _progress() as progress:
-        progress.add_task(f"loading {model}", total=None)
-        loaded = generation.load(model, dtype, device)
-    if not loaded.attends_packed and preset != FULL_PRECISION:
-        _say("note: this model has attention of its own; it reads dequantized states")
+    loaded = _load(model, preset, dtype, device)
     ids = loaded.encode(text)
     generation.check_length(loaded.model.config, ids.shape[1], max_new_tokens)
     cache = make_cache(loaded.model, preset)
@@ -198,13 +193,10 @@ def chat(
     """Talk with a model; the quantized cache is kept from turn to turn."""
     _check_sampling(preset, temperature)
 
-    from oscar_kv import generation, repl
+    from oscar_kv import repl
     from oscar_kv.chat import Conversation
 
-    generation.quiet()
-    with _progress() as progress:
-        progress.add_task(f"loading {model}", total=None)
-        loaded = generation.load(model, dtype, device)
+    loaded = _load(model, preset, dtype, device)
     repl.chat(Conversation(loaded, preset, system), max_new_tokens, temperature)
 
 
@@ -289,6 +281,19 @@ def bench(
     code = subprocess.run(command, cwd=checkout, check=False).returncode
     if code:
         raise typer.Exit(code)
+
+
+def _load(model: str, preset: str, dtype: str, device: str) -> Any:
+    """The :class:`~oscar_kv.generation.Loaded` model, with a word on stderr if it unpacks."""
+    from oscar_kv import generation
+
+    generation.quiet()
+    with _progress() as progress:
+        progress.add_task(f"loading {model}", total=None)
+        loaded = generation.load(model, dtype, device)
+    if not loaded.attends_packed and preset != FULL_PRECISION:
+        _say("note: this model has attention of its own; it reads dequantized states")
+    return loaded
 
 
 def _check_sampling(preset: str, temperature: float) -> None:
