@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.config import PAGE_TOKENS, PRESETS, OscarConfig
-from oscar_kv.integrations.transformers import ImageLayer, cache_layers, is_quantized
+from oscar_kv.integrations.models import ImageLayer, cache_layers, is_quantized
 from oscar_kv.storage.layout import PageLayout
 
 BASELINES = {"bf16": 2, "fp8": 1}

@@ -112,17 +112,9 @@ def oscar_mask(
 
     Models of ``_NEED_ADDITIVE_MASK`` always get an additive one.
     """
+    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
     if getattr(kwargs.get("config"), "model_type", None) in _NEED_ADDITIVE_MASK:
-        return eager_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            **kwargs,
-        )
+        return eager_mask(*sizes, mask_function, attention_mask, **kwargs)
     # A preallocated cache returns more keys than there are tokens (and a tensor as q_offset).
     no_spare_keys = isinstance(q_offset, int) and kv_offset + kv_length == q_offset + q_length
     if (
@@ -134,11 +126,7 @@ def oscar_mask(
     ):
         return None
     return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
+        *sizes,
         mask_function,
         attention_mask,
         allow_is_causal_skip=allow_is_causal_skip and no_spare_keys,

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DynamicCache,
     DynamicLayer,
 )
 from transformers.configuration_utils import PreTrainedConfig
@@ -26,6 +25,12 @@ from oscar_kv.config import OscarConfig
 from oscar_kv.integrations import attention_function
 from oscar_kv.integrations.compile import untraced
 from oscar_kv.integrations.lazy import AttentionView, LazyStates
+from oscar_kv.integrations.models import (
+    cache_layers,
+    head_dim_of,
+    is_quantized,
+    require_usable_cache,
+)
 from oscar_kv.kernels import append
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.ownership import owns_tensors
@@ -189,13 +194,13 @@ class OscarCache(Cache):
             raise TypeError("the model is float64: expected float16, bfloat16 or float32")
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ValueError(f"max_tokens={max_tokens!r}: expected a positive integer")
-        _require_usable_cache(model_config)
+        require_usable_cache(model_config)
         layers: list[Any] = []
         for layer, layer_config in cache_layers(model_config):
             if not is_quantized(layer):
                 layers.append(layer)
                 continue
-            if head_dim := _head_dim(layer_config):
+            if head_dim := head_dim_of(layer_config):
                 PageLayout(self.config, head_dim, 1)  # raises for a size without a layout
             layers.append(OscarLayer(self.config, max_tokens))
         super().__init__(layers=layers, offloading=offloading)
@@ -244,9 +249,10 @@ class OscarCache(Cache):
 
     def _before_unfinished_pass(self) -> int | None:
         """How long quantized layers were before a pass that has not reached all of them."""
-        lengths = [x.get_seq_length() for x in self.layers if isinstance(x, OscarLayer)]
-        if lengths[0] == lengths[-1]:
+        layers = [layer for layer in self.layers if isinstance(layer, OscarLayer)]
+        if layers[0].get_seq_length() == layers[-1].get_seq_length():
             return None
+        lengths = [layer.get_seq_length() for layer in layers]
         # The first layers are longer than the others, which are equally long.
         one_step = len(set(lengths)) == 2 and lengths == sorted(lengths, reverse=True)
         return lengths[-1] if one_step else None
@@ -333,69 +339,6 @@ class OscarCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated: the sum of :meth:`memory`."""
         return sum(self.memory().values())
-
-
-def cache_layers(model_config: PreTrainedConfig) -> list[tuple[Any, Any]]:
-    """Transformers' own cache layer of each decoder layer, empty, and that layer's config.
-
-    Raises:
-        ValueError: for a layer type that is not known, or a model with nothing to quantize.
-    """
-    try:
-        layers = DynamicCache(config=model_config).layers
-    except KeyError as error:
-        raise ValueError(f"{model_config.model_type}: unknown layer type {error}") from error
-    if not any(is_quantized(layer) for layer in layers):
-        kinds = sorted({type(layer).__name__ for layer in layers})
-        raise ValueError(
-            f"{model_config.model_type} has no full-attention layer to quantize, only {kinds}"
-        )
-    text = model_config.get_text_config(decoder=True)
-    image_layers = getattr(text, "cross_attention_layers", None) or ()
-    layers = [ImageLayer() if i in image_layers else layer for i, layer in enumerate(layers)]
-    configs = getattr(text, "per_layer_config", None) or [text] * len(layers)
-    return list(zip(layers, configs))
-
-
-class ImageLayer(DynamicLayer):
-    """What one layer of a text model reads of an image: stored once, and taken out as it is."""
-
-
-# Generate text without keys and values of earlier tokens, or keep them their own way. Some would
-# ignore the cache that they are given, and their configs do not tell.
-_WITHOUT_KV_CACHE = ("minimax", "openai-gpt", "reformer", "rwkv", "xlm", "xlnet", "xlstm")
-
-
-def _require_usable_cache(model_config: PreTrainedConfig) -> None:
-    """Raises ValueError for a model that would ignore its cache, or misread it."""
-    name = model_config.model_type
-    if model_config.is_encoder_decoder:
-        # Given a plain cache, most decoders would store the encoder's states as their own.
-        raise ValueError(f"{name} has an encoder: use OscarEncoderDecoderCache(model.config)")
-    if name in _WITHOUT_KV_CACHE:
-        raise ValueError(f"{name} does not keep its keys and values in a cache of Transformers")
-    if getattr(model_config, "use_cache", True) is False:
-        # generate() may then feed, and the cache store, the whole sequence in every step.
-        raise ValueError(
-            "model.config.use_cache is False: expected True, here and in model.generation_config"
-        )
-
-
-def is_quantized(layer: Any) -> bool:
-    """Whether :class:`OscarCache` takes the place of this layer of Transformers."""
-    return type(layer) is DynamicLayer
-
-
-def _head_dim(config: Any) -> int | None:
-    """The key channels of one head of a layer, ``None`` where the config does not tell."""
-    if getattr(config, "kv_lora_rank", None) is not None:
-        return None  # latent attention: what is cached is not what the config calls a head
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    width = getattr(config, "hidden_size", None)
-    heads = getattr(config, "num_attention_heads", None)
-    if head_dim is None and isinstance(width, int) and isinstance(heads, int):
-        head_dim = width // heads
-    return head_dim if isinstance(head_dim, int) else None
 
 
 def layer_memory(layer: Any) -> dict[str, int]:

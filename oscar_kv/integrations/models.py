@@ -1,0 +1,71 @@
+"""What a model's config says of its cache: which layers there are, which can be quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
+
+
+def cache_layers(model_config: PreTrainedConfig) -> list[tuple[Any, Any]]:
+    """Transformers' own cache layer of each decoder layer, empty, and that layer's config.
+
+    Raises:
+        ValueError: for a layer type that is not known, or a model with nothing to quantize.
+    """
+    try:
+        layers = DynamicCache(config=model_config).layers
+    except KeyError as error:
+        raise ValueError(f"{model_config.model_type}: unknown layer type {error}") from error
+    if not any(is_quantized(layer) for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        raise ValueError(
+            f"{model_config.model_type} has no full-attention layer to quantize, only {kinds}"
+        )
+    text = model_config.get_text_config(decoder=True)
+    image_layers = getattr(text, "cross_attention_layers", None) or ()
+    layers = [ImageLayer() if i in image_layers else layer for i, layer in enumerate(layers)]
+    configs = getattr(text, "per_layer_config", None) or [text] * len(layers)
+    return list(zip(layers, configs))
+
+
+class ImageLayer(DynamicLayer):
+    """What one layer of a text model reads of an image: stored once, and taken out as it is."""
+
+
+# Generate text without keys and values of earlier tokens, or keep them their own way. Some would
+# ignore the cache that they are given, and their configs do not tell.
+_WITHOUT_KV_CACHE = ("minimax", "openai-gpt", "reformer", "rwkv", "xlm", "xlnet", "xlstm")
+
+
+def require_usable_cache(model_config: PreTrainedConfig) -> None:
+    """Raises ValueError for a model that would ignore its cache, or misread it."""
+    name = model_config.model_type
+    if model_config.is_encoder_decoder:
+        # Given a plain cache, most decoders would store the encoder's states as their own.
+        raise ValueError(f"{name} has an encoder: use OscarEncoderDecoderCache(model.config)")
+    if name in _WITHOUT_KV_CACHE:
+        raise ValueError(f"{name} does not keep its keys and values in a cache of Transformers")
+    if getattr(model_config, "use_cache", True) is False:
+        # generate() may then feed, and the cache store, the whole sequence in every step.
+        raise ValueError(
+            "model.config.use_cache is False: expected True, here and in model.generation_config"
+        )
+
+
+def is_quantized(layer: Any) -> bool:
+    """Whether :class:`OscarCache` takes the place of this layer of Transformers."""
+    return type(layer) is DynamicLayer
+
+
+def head_dim_of(config: Any) -> int | None:
+    """The key channels of one head of a layer, ``None`` where the config does not tell."""
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return None  # latent attention: what is cached is not what the config calls a head
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    width = getattr(config, "hidden_size", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if head_dim is None and isinstance(width, int) and isinstance(heads, int):
+        head_dim = width // heads
+    return head_dim if isinstance(head_dim, int) else None
