@@ -138,7 +138,9 @@ def test_nonfinite_states_are_reported() -> None:
 @needs_gpu
 @torch.no_grad()
 def test_no_step_waits_for_the_device() -> None:
-    cache = OscarCache(CONFIG, OscarConfig(check_finite=False))
+    # of one layer: updates of the first of several would each begin a pass anew
+    config = LlamaConfig(**{**CONFIG.to_dict(), "num_hidden_layers": 1})
+    cache = OscarCache(config, OscarConfig(check_finite=False))
     prompt = torch.randn(2, 2, 300, 64, device="cuda")
     cache.update(prompt, prompt, 0)
     query, new = torch.randn(2, 8, 1, 64, device="cuda"), prompt[:, :, :1]
