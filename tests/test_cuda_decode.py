@@ -44,6 +44,7 @@ class Division(NamedTuple):
     team: int = 1
     page_parts: int = 2
     dense_apart: bool = False
+    streamed: int = 0
 
 
 def check(
@@ -55,7 +56,13 @@ def check(
         new = tokens if options.get("fresh") else 0
         dense = (packed.most_tail_tokens, packed.config.sink_tokens, new)
         parts = sum(-(-count // DENSE_TOKENS) for count in dense)
-        work = Plan(division.team, division.page_parts, parts, division.dense_apart)
+        work = Plan(
+            division.team,
+            0 if division.streamed else division.page_parts,
+            parts,
+            division.dense_apart,
+            division.streamed,
+        )
     return kernel_checks.check(partial(decode, work=work), packed, group, tokens, **options)
 
 
@@ -71,6 +78,7 @@ CHANNELS = [
 ]
 ROWS = ((4, 1), (8, 1), (2, 3), (1, 8))
 PARTS = (1, 2, 7)  # no sequence has seven pages
+STREAMS = (1, 5, 64)  # blocks: one for all, some in the middle of a sequence, more than work
 
 FEW = [
     ("compact", (128, None), 1, torch.float16),
@@ -99,6 +107,8 @@ def test_agrees_with_the_oracle(
     chosen = itertools.product(ROWS, divisions) if GPU else zip(ROWS, divisions[1:])
     for (group, tokens), (parts, apart) in chosen:
         check(packed, group, tokens, Division(team, parts, apart))
+    for (group, tokens), blocks in zip(ROWS, STREAMS if GPU or team == 1 else STREAMS[1:2]):
+        check(packed, group, tokens, Division(team, streamed=blocks))
 
 
 @needs_compiler
@@ -114,6 +124,8 @@ def test_options(options: dict[str, Any], preset: str, team: int) -> None:
         config = dataclasses.replace(OscarConfig.preset(preset), sink_tokens=sinks)
         packed = packed_states(config, 64, dtype=torch.float16)
         check(packed, 3, tokens, Division(team, 2, apart), fresh=fresh, **options)
+        if GPU or team != 2:
+            check(packed, 3, tokens, Division(team, streamed=3), fresh=fresh, **options)
 
 
 @needs_compiler
@@ -136,7 +148,7 @@ def test_every_kind_of_token_may_be_missing() -> None:
     ):
         config = OscarConfig(recent_tokens=recent)
         packed = packed_states(config, 64, lengths=lengths, dtype=torch.float16)
-        for division in (Division(), Division(4, 3, True)):
+        for division in (Division(), Division(4, 3, True), Division(streamed=3)):
             check(packed, 4, 1, division)
             out = check(packed, 1, 5, division)
             for row, length in enumerate(lengths):  # queries before the start see nothing
@@ -159,7 +171,7 @@ def test_zeros_and_large_numbers() -> None:
     values[:, :, 128:256] = 0
     packed = quantize(keys.to(DEVICE, torch.float16), values.to(DEVICE, torch.float16))
     check(packed, 1, 2, Division())
-    work = Plan(team=1, page_parts=2, dense_parts=2, dense_apart=False)
+    work = Plan(team=1, page_parts=2, dense_parts=2)
     for number in (0, 3e4):
         query = torch.full((1, 1, 1, 64), number, dtype=torch.float16, device=DEVICE)
         visible = Visibility(packed.lengths, 1)
@@ -201,12 +213,24 @@ def test_page_ids_are_fetched_again() -> None:
     check(packed, 1, 2, division, sliding_window=4400)
 
 
+@needs_compiler
+@pytest.mark.parametrize("blocks", [1, 7, 200])
+def test_many_sequences_share_the_blocks(blocks: int) -> None:
+    """More than the 32 that a warp looks at together, some without pages, some without tokens."""
+    lengths = [0, 0, *torch.randint(0, 700, (70,)).tolist(), 0]
+    for recent in (0, 3):
+        config = OscarConfig(recent_tokens=recent)
+        packed = packed_states(config, 64, lengths=lengths, heads=1, dtype=torch.bfloat16)
+        check(packed, 2, 1, Division(streamed=blocks))
+        check(packed, 2, 1, Division(team=4, streamed=blocks), sliding_window=200)
+
+
 @needs_gpu
 @pytest.mark.parametrize("length", [33_000, 300_000])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_long_contexts(length: int, dtype: torch.dtype) -> None:
     packed = packed_states(OscarConfig(), 128, None, (length, 1000), dtype=dtype)
-    for division in (None, Division(), Division(4, 100, True)):
+    for division in (None, Division(), Division(4, 100, True), Division(streamed=264)):
         check(packed, 4, 1, division)
         check(packed, 4, 2, division, sliding_window=20_000)
 
@@ -387,7 +411,7 @@ def test_states_at_any_address() -> None:
     flat = torch.randn(4 * 64 + 1, device=DEVICE, dtype=torch.float16)
     visible = Visibility(packed.lengths, 1)
     found = [
-        decode(AttentionCall(query, packed, visible, 0.1), work=Plan(1, 1, 2, False))
+        decode(AttentionCall(query, packed, visible, 0.1), work=Plan(1, 1, 2))
         for query in (flat[1:].view(1, 4, 1, 64), flat[1:].clone().view(1, 4, 1, 64))
     ]
     assert torch.equal(*found)

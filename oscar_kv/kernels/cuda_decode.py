@@ -50,6 +50,7 @@ class DecodeArguments(ctypes.Structure):
         ("dense_values", ctypes.c_void_p * 3),
         ("sums", ctypes.c_void_p),
         ("maxima", ctypes.c_void_p),
+        ("ranges", ctypes.c_void_p),
         ("table_stride", ctypes.c_int64),
         ("table_width", ctypes.c_int64),
         ("dense_slots", ctypes.c_int * 3),
@@ -57,7 +58,9 @@ class DecodeArguments(ctypes.Structure):
         ("owners", ctypes.c_int),
         ("rows", ctypes.c_int),
         ("num_queries", ctypes.c_int),
+        ("streamed", ctypes.c_int),
         ("page_parts", ctypes.c_int),
+        ("page_slots", ctypes.c_int),
         ("dense_parts", ctypes.c_int),
         ("dense_apart", ctypes.c_int),
         ("has_new", ctypes.c_int),
@@ -73,10 +76,13 @@ class CombineArguments(ctypes.Structure):
     _fields_ = (
         ("sums", ctypes.c_void_p),
         ("maxima", ctypes.c_void_p),
+        ("ranges", ctypes.c_void_p),
         ("sink_logits", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        ("parts", ctypes.c_int),
         ("page_parts", ctypes.c_int),
+        ("page_slots", ctypes.c_int),
+        ("dense_parts", ctypes.c_int),
+        ("rows", ctypes.c_int),
         ("num_queries", ctypes.c_int),
         ("num_heads", ctypes.c_int),
         ("wide_sinks", ctypes.c_int),
@@ -85,24 +91,28 @@ class CombineArguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work on one sequence and KV head is divided."""
+    """How the work is divided: every sequence and KV head alike, or, *streamed*, all of it evenly."""
 
     team: int
     """Warps that share a page."""
     page_parts: int
-    """Blocks that share the pages."""
+    """Blocks that share the pages of a sequence and KV head; 0 if streamed."""
     dense_parts: int
-    """Runs of ``DENSE_TOKENS`` full-precision tokens."""
-    dense_apart: bool
+    """Runs of ``DENSE_TOKENS`` full-precision tokens of a sequence and KV head."""
+    dense_apart: bool = False
     """Whether these have blocks of their own; otherwise the blocks of pages do them too."""
+    streamed: int = 0
+    """Blocks that share all work evenly, whoever it belongs to."""
 
-    @property
-    def blocks(self) -> int:
-        return self.page_parts + (self.dense_parts if self.dense_apart else 0)
+    def blocks(self, owners: int) -> int:
+        """Of all; ``owners`` are sequences times KV heads."""
+        return self.streamed or owners * (
+            self.page_parts + (self.dense_parts if self.dense_apart else 0)
+        )
 
-    @property
-    def parts(self) -> int:
-        return self.page_parts + self.dense_parts
+    def page_slots(self, owners: int) -> int:
+        """Partial results of pages. A streamed block has one for every owner that it works for."""
+        return self.streamed + owners if self.streamed else owners * self.page_parts
 
 
 def unsupported(layout: PageLayout) -> str | None:
@@ -251,11 +261,16 @@ def decode(call: AttentionCall, work: Plan | None = None, run: Run = run) -> Ten
     starts = None if visibility.starts is None else visibility.starts.to(torch.int32)
     if s_aux is not None and s_aux.dtype not in (torch.float32, query.dtype):
         s_aux = s_aux.float()
-    shape = (batch, num_heads, num_queries)
-    sums = torch.empty((*shape, work.parts, layout.value_dim), dtype=torch.float32, device=device)
-    maxima = torch.empty((*shape, work.parts, 2), dtype=torch.float32, device=device)
-    out = torch.empty((*shape, layout.value_dim), dtype=query.dtype, device=device)
     owners = batch * layout.num_kv_heads
+    page_slots = work.page_slots(owners)
+    slots = (page_slots + owners * work.dense_parts, call.rows)
+    sums = torch.empty((*slots, layout.value_dim), dtype=torch.float32, device=device)
+    maxima = torch.empty((*slots, 2), dtype=torch.float32, device=device)
+    ranges = None
+    if work.streamed:
+        ranges = torch.empty((owners, 2), dtype=torch.int32, device=device)
+    shape = (batch, num_heads, num_queries, layout.value_dim)
+    out = torch.empty(shape, dtype=query.dtype, device=device)
     parts = DecodeArguments(
         pool=packed.pool.data.data_ptr(),
         table=packed.block_table.data_ptr(),
@@ -268,6 +283,7 @@ def decode(call: AttentionCall, work: Plan | None = None, run: Run = run) -> Ten
         dense_values=(ctypes.c_void_p * 3)(*(x.data_ptr() for x in values)),
         sums=sums.data_ptr(),
         maxima=maxima.data_ptr(),
+        ranges=None if ranges is None else ranges.data_ptr(),
         table_stride=packed.block_table.stride(0),
         table_width=packed.block_table.shape[1],
         dense_slots=(ctypes.c_int * 3)(*(x.shape[2] for x in keys)),
@@ -275,7 +291,9 @@ def decode(call: AttentionCall, work: Plan | None = None, run: Run = run) -> Ten
         owners=owners,
         rows=call.rows,
         num_queries=num_queries,
+        streamed=work.streamed,
         page_parts=work.page_parts,
+        page_slots=page_slots,
         dense_parts=work.dense_parts,
         dense_apart=int(work.dense_apart),
         has_new=int(num_new > 0),
@@ -283,14 +301,17 @@ def decode(call: AttentionCall, work: Plan | None = None, run: Run = run) -> Ten
         scaling=scaling,
         softcap=call.softcap or 0.0,
     )
-    run(decode_program(layout, query.dtype, work.team), parts, owners * work.blocks, device)
+    run(decode_program(layout, query.dtype, work.team), parts, work.blocks(owners), device)
     merged = CombineArguments(
         sums=sums.data_ptr(),
         maxima=maxima.data_ptr(),
+        ranges=parts.ranges,
         sink_logits=None if s_aux is None else s_aux.data_ptr(),
         out=out.data_ptr(),
-        parts=work.parts,
         page_parts=work.page_parts,
+        page_slots=page_slots,
+        dense_parts=work.dense_parts,
+        rows=call.rows,
         num_queries=num_queries,
         num_heads=num_heads,
         wide_sinks=int(s_aux is not None and s_aux.dtype == torch.float32),

@@ -219,13 +219,14 @@ inline float shuffle_xor(float value, int mask) {
   const int lane = emulator::current % 32;
   return as_float(emulator::exchange(&bits, 1)[lane ^ mask][0]);
 }
-inline bool any_lane(bool value) {
+inline int count_lanes(bool value) {
   const u32 bits = value;
   u32(*lanes)[8] = emulator::exchange(&bits, 1);
-  for (int i = 0; i < 32; ++i)
-    if (lanes[i][0]) return true;
-  return false;
+  int count = 0;
+  for (int i = 0; i < 32; ++i) count += lanes[i][0];
+  return count;
 }
+inline bool any_lane(bool value) { return count_lanes(value) > 0; }
 inline u32 transpose(u32 value) {
   u32(*lanes)[8] = emulator::exchange(&value, 1);
   const int r = emulator::current % 32 / 4, c = emulator::current % 4;

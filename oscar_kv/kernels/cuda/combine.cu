@@ -5,12 +5,15 @@
 #include <states.cuh>
 
 struct Arguments {
-  const float* sums;        // [rows, parts, E], the first page_parts in the rotated basis
-  const float* maxima;      // [rows, parts, 2]: maximum of the logits in base 2, normalizer
+  const float* sums;    // [slots, rows, E], in the rotated basis for parts of pages, which come first
+  const float* maxima;  // [slots, rows, 2]: maximum of the logits in base 2, normalizer
+  const int* ranges;    // [B, H, 2]: first and last slot of pages; null if each has page_parts
   const void* sink_logits;  // [Hq], join the normalizer; or null
-  u16* out;                 // [rows, E]
-  int parts;
+  u16* out;                 // [B, Hq, num_queries, E]
   int page_parts;
+  int page_slots;
+  int dense_parts;
+  int rows;         // of a KV head
   int num_queries;  // row (b Hq + h) num_queries + i is query i of head h
   int num_heads;
   int wide_sinks;  // sink_logits are float32, not 16-bit
@@ -43,32 +46,39 @@ struct Sums {
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     combine(const __grid_constant__ Arguments a) {
   const int warp = thread() / 32, lane = thread() % 32;
-  const i64 row = block();
-  const float* sums = a.sums + row * a.parts * VALUE_DIM + kMine * lane;
-  const float* maxima = a.maxima + row * a.parts * 2;
+  const int owner = block() / a.rows, row = block() % a.rows;
   wait_for_previous_grid();
+  int page_slot = owner * a.page_parts, page_parts = a.page_parts;
+  if (a.ranges) {
+    page_slot = a.ranges[2 * owner];
+    page_parts = a.ranges[2 * owner + 1] + 1 - page_slot;
+  }
+  const int parts = page_parts + a.dense_parts;
+  const int dense_slot = a.page_slots + owner * a.dense_parts;
 
   Sums mine;
-  for (int first = warp; first < a.parts; first += kWarps * kLoads) {
+  for (int first = warp; first < parts; first += kWarps * kLoads) {
     Words<kMine> found[kLoads];
     Words<2> its[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int part = first + i * kWarps;
-      if (part >= a.parts) continue;
-      found[i] = load<kMine>(sums + static_cast<i64>(part) * VALUE_DIM);
-      its[i] = load<2>(maxima + 2 * part);
+      if (part >= parts) continue;
+      const int slot = part < page_parts ? page_slot + part : dense_slot + part - page_parts;
+      const i64 place = static_cast<i64>(slot) * a.rows + row;
+      found[i] = load<kMine>(a.sums + place * VALUE_DIM + kMine * lane);
+      its[i] = load<2>(a.maxima + 2 * place);
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int part = first + i * kWarps;
-      if (part >= a.parts) continue;
+      if (part >= parts) continue;
       float packed[kMine], dense[kMine];
 #pragma unroll
       for (int j = 0; j < kMine; ++j) {
         const float value = as_float(found[i].at[j]);
-        packed[j] = part < a.page_parts ? value : 0.0f;
-        dense[j] = part < a.page_parts ? 0.0f : value;
+        packed[j] = part < page_parts ? value : 0.0f;
+        dense[j] = part < page_parts ? 0.0f : value;
       }
       mine.add(packed, dense, as_float(its[i].at[0]), as_float(its[i].at[1]));
     }
@@ -84,14 +94,14 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     mine.add(other.packed, other.dense, other.maximum, other.normalizer);
   }
   if (a.sink_logits) {
-    const int head = row / a.num_queries % a.num_heads;
+    const int head = block() / a.num_queries % a.num_heads;
     const float logit = a.wide_sinks ? static_cast<const float*>(a.sink_logits)[head]
                                      : to_float(static_cast<const u16*>(a.sink_logits)[head]);
     if (logit > kBlind) mine.add({}, {}, logit * kLog2E, 1.0f);
   }
   hadamard(mine.packed, lane);
   const float unit = mine.normalizer > 0.0f ? 1.0f / mine.normalizer : 0.0f;
-  u32* out = reinterpret_cast<u32*>(a.out + row * VALUE_DIM + kMine * lane);
+  u32* out = reinterpret_cast<u32*>(a.out + static_cast<i64>(block()) * VALUE_DIM + kMine * lane);
 #pragma unroll
   for (int j = 0; j < kMine; j += 2)
     out[j / 2] = pack_states((mine.packed[j] * ROTATION_UNIT + mine.dense[j]) * unit,

@@ -16,6 +16,7 @@
 #include <merge.cuh>
 #include <page.cuh>
 #include <rotation.cuh>
+#include <share.cuh>
 #include <softmax.cuh>
 #include <states.cuh>
 
@@ -60,33 +61,29 @@ __device__ inline void rotate_query(const u16* query, int rows, u8* memory, int 
   }
 }
 
-// Every step-th page of a sequence, from a team's own one on.
-__device__ inline void attend_pages(const Arguments& a, const Place& at, int part, int ids,
-                                    u8* memory, int warp, int lane) {
+// Rounds of pages, in each of which every team takes one. `ids`: page ids, where asked for early.
+__device__ inline void attend_pages(const Arguments& a, const Share& share, const Tokens& its,
+                                    const Seen& seen, int ids, u8* memory, int warp, int lane) {
   const int team = warp / TEAM, member = TEAM == 1 ? 0 : warp % TEAM;
-  constexpr int kTeams = kWarps / TEAM;
-  const int step = a.page_parts * kTeams;
-  const int* table = a.table + at.sequence * a.table_stride;
-  // Pages before the lowest position that any column sees are left out.
-  int first = 0, last = at.pages;
-  if (a.window > 0 || a.starts) {
-    const int lowest = a.window > 0 ? at.length - a.num_queries - a.window + 1 : 0;
-    const int start = a.starts ? a.starts[at.sequence] : 0;
-    first = (lowest > start ? lowest : start) - at.sinks;
-    first = first > 0 ? first / kPage : 0;
-  }
-  const int begin = first + part * kTeams + team;
+  const int step = share.stride * kTeams;
+  const int sequence = share.owner / HEADS, head = share.owner % HEADS;
+  const int* table = a.table + sequence * a.table_stride;
+  const int first = first_page(a, its);
+  const int begin = first + share.round * kTeams + team;
+  const i64 beyond = first + static_cast<i64>(share.round_end) * kTeams;
+  const int last = beyond < its.pages ? static_cast<int>(beyond) : its.pages;
   const int count = begin < last ? (last - begin + step - 1) / step : 0;
+  const bool early = first == 0 && !a.streamed;
 
   u8* stages = memory + team * 2 * kStage;
   const int team_lane = member * 32 + lane;
   auto fetch = [&](int k) {
     if (k < count) {
-      if (k % 32 == 0 && (k > 0 || first > 0)) {
+      if (k % 32 == 0 && (k > 0 || !early)) {
         const int mine = begin + (k + lane) * step;
         ids = mine < last ? table[mine] : 0;
       }
-      fetch_page(stages + k % 2 * kStage, a.pool, shuffle(ids, k % 32), at.head, team_lane);
+      fetch_page(stages + k % 2 * kStage, a.pool, shuffle(ids, k % 32), head, team_lane);
     } else {
       commit_copies();
       commit_copies();
@@ -96,8 +93,8 @@ __device__ inline void attend_pages(const Arguments& a, const Place& at, int par
   fetch(1);
 
   u8* rotated = memory + kTeams * 2 * kStage;
-  const i64 owner = static_cast<i64>(at.sequence) * HEADS + at.head;
-  rotate_query(a.query + owner * a.rows * HEAD_DIM, a.rows, rotated, warp, lane);
+  const u16* rows = a.query + static_cast<i64>(share.owner) * a.rows * HEAD_DIM;
+  rotate_query(rows, a.rows, rotated, warp, lane);
   sync_block();
   const u8* query = rotated + 2 * (lane / 4 * HEAD_DIM + lane % 4 * 8);
   const float* units = reinterpret_cast<const float*>(rotated + 2 * kColumns * HEAD_DIM);
@@ -105,8 +102,8 @@ __device__ inline void attend_pages(const Arguments& a, const Place& at, int par
 #pragma unroll
   for (int i = 0; i < 2; ++i) factor[i] = units[2 * (lane % 4) + i] * a.scaling * kLog2E;
   // Where every column sees a page whole, positions do not matter.
-  const int most_low = at.seen.low[0] > at.seen.low[1] ? at.seen.low[0] : at.seen.low[1];
-  const int least_high = at.seen.high[0] < at.seen.high[1] ? at.seen.high[0] : at.seen.high[1];
+  const int most_low = seen.low[0] > seen.low[1] ? seen.low[0] : seen.low[1];
+  const int least_high = seen.high[0] < seen.high[1] ? seen.high[0] : seen.high[1];
 
   Softmax state;
   float output[kBlocks][4] = {};
@@ -118,10 +115,10 @@ __device__ inline void attend_pages(const Arguments& a, const Place& at, int par
     sync_team(team);
     page_logits(page, SHARED_SCALE ? page + kUsed : page + TOKEN_SCALE, query, member, lane, x);
     float scale[2] = {factor[0], factor[1]};
-    const int position = at.sinks + (begin + k * step) * kPage;
+    const int position = its.sinks + (begin + k * step) * kPage;
     if (a.softcap > 0.0f || any_lane(position < most_low || position + kPage > least_high)) {
       const int word = lane / 8 * 4 + lane / 4 % 2;
-      cap_and_hide(x, scale, a.softcap, at.seen, position + 16 * kPlanes * member + word, 16, 2);
+      cap_and_hide(x, scale, a.softcap, seen, position + 16 * kPlanes * member + word, 16, 2);
     }
     wait_for_copies<2>();
     sync_team(team);
@@ -149,14 +146,13 @@ __device__ inline void attend_pages(const Arguments& a, const Place& at, int par
     }
   }
   sync_block();  // the stages become room for merging
-  merge(a, owner, part, memory, state, output, lane / 4, 16, 8, warp, lane);
+  merge(a, share.slot, memory, state, output, lane / 4, 16, 8, warp, lane);
 }
 
 // Up to 32 full-precision tokens per warp: the block's share of tail, sinks and new tokens.
-__device__ inline void attend_dense(const Arguments& a, const Place& at, int dense_part, u8* memory,
-                                    int warp, int lane) {
+__device__ inline void attend_dense(const Arguments& a, i64 owner, const Tokens& its, Seen seen,
+                                    int dense_part, u8* memory, int warp, int lane) {
   const int r = lane / 4, c = lane % 4;
-  const i64 owner = static_cast<i64>(at.sequence) * HEADS + at.head;
   const u16* row = a.query + (owner * a.rows + (r < a.rows ? r : 0)) * HEAD_DIM;
   u32 query[kTiles][2];
 #pragma unroll
@@ -169,14 +165,13 @@ __device__ inline void attend_dense(const Arguments& a, const Place& at, int den
   int source = 0, number = dense_part;
   while (source < 2 && number * kDenseTokens >= a.dense_tokens[source])
     number -= (a.dense_tokens[source++] + kDenseTokens - 1) / kDenseTokens;
-  const int count = source == 0 ? at.tail : source == 1 ? at.sinks : a.num_queries;
-  const int position = source == 0   ? at.sinks + at.pages * kPage
+  const int count = source == 0 ? its.tail : source == 1 ? its.sinks : a.num_queries;
+  const int position = source == 0   ? its.sinks + its.pages * kPage
                        : source == 1 ? 0
-                                     : at.length - a.num_queries;
-  Seen seen = at.seen;
+                                     : its.length - a.num_queries;
   if (a.has_new && source == 2) {  // these come in place of the cached ones
 #pragma unroll
-    for (int i = 0; i < 2; ++i) seen.high[i] = own_position(a, at.length, 2 * c + i) + 1;
+    for (int i = 0; i < 2; ++i) seen.high[i] = own_position(a, its.length, 2 * c + i) + 1;
   }
   const u16* keys = a.dense_keys[source] + owner * a.dense_slots[source] * HEAD_DIM + 8 * c;
   const u16* values = a.dense_values[source] + owner * a.dense_slots[source] * VALUE_DIM + 8 * c;
@@ -237,8 +232,8 @@ __device__ inline void attend_dense(const Arguments& a, const Place& at, int den
       }
     }
   }
-  merge(a, owner, a.page_parts + dense_part, memory, state, output, r / 2 * 8 + r % 2, 4, 2, warp,
-        lane);
+  const i64 slot = a.page_slots + owner * a.dense_parts + dense_part;
+  merge(a, slot, memory, state, output, r / 2 * 8 + r % 2, 4, 2, warp, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
@@ -247,35 +242,27 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
   wait_for_previous_grid();
   u8* memory = shared_memory();
   const int warp = thread() / 32, lane = thread() % 32;
-  // Blocks of dense tokens come last: they are shorter.
-  const int page_blocks = a.page_parts * a.owners, over = block() - page_blocks;
-  const int part = over < 0 ? block() % a.page_parts : a.page_parts + over % a.dense_parts;
-  const int owner = over < 0 ? block() / a.page_parts : over / a.dense_parts;
-  Place at;
-  at.head = owner % HEADS;
-  at.sequence = owner / HEADS;
-  // Does not wait for the lengths: an id that turns out to lie beyond them is not used.
-  constexpr int kTeams = kWarps / TEAM;
-  const i64 mine = part * kTeams + warp / TEAM + static_cast<i64>(lane) * a.page_parts * kTeams;
-  const int ids = part < a.page_parts && mine < a.table_width
-                      ? a.table[at.sequence * a.table_stride + mine]
-                      : 0;
-  at.pages = a.page_counts[at.sequence];
-  at.tail = a.tail_lengths[at.sequence];
-  at.sinks = a.sink_lengths[at.sequence];
-  at.length = at.sinks + at.pages * kPage + at.tail;
-  const int start = a.starts ? a.starts[at.sequence] : 0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int own = own_position(a, at.length, 2 * (lane % 4) + i);
-    const int limit = a.has_new ? at.length - a.num_queries : own + 1;
-    at.seen.low[i] = a.window > 0 && own - a.window + 1 > start ? own - a.window + 1 : start;
-    at.seen.high[i] = limit < own + 1 ? limit : own + 1;
+  Share share;
+  Stream rest = {};
+  int ids = 0;
+  if (a.streamed) {
+    rest = find_stream(a, lane);
+    if (rest.units == 0) return;
+  } else {
+    share = own_share(a);
+    // Does not wait for the lengths: an id that turns out to lie beyond them is not used.
+    const i64 mine =
+        share.round * kTeams + warp / TEAM + static_cast<i64>(lane) * share.stride * kTeams;
+    const int* table = a.table + share.owner / HEADS * a.table_stride;
+    if (share.round_end > 0 && mine < a.table_width) ids = table[mine];
   }
-  if (part < a.page_parts) attend_pages(a, at, part, ids, memory, warp, lane);
-  const int dense_part = a.dense_apart ? part - a.page_parts : a.page_parts - 1 - part;
-  for (int i = dense_part; i >= 0 && i < a.dense_parts; i += a.page_parts) {
-    attend_dense(a, at, i, memory, warp, lane);
-    if (a.dense_apart) break;
-  }
+  do {
+    const int owner = a.streamed ? rest.owner : share.owner;
+    const Tokens its = tokens_of(a, owner / HEADS);
+    if (a.streamed) share = next_share(a, its, rest);
+    const Seen seen = seen_by(a, its, lane);
+    if (share.round < share.round_end) attend_pages(a, share, its, seen, ids, memory, warp, lane);
+    for (int i = share.dense; i < share.dense_end; i += share.stride)
+      attend_dense(a, owner, its, seen, i, memory, warp, lane);
+  } while (rest.units > 0);
 }

@@ -2,11 +2,11 @@
 #pragma once
 #include <softmax.cuh>
 
-// Merges what the warps of a block found into part `part`, [rows, E] sums and their maxima.
+// Merges what the warps of a block found into a slot: [rows, E] sums and their maxima.
 //
 // Output b holds channels first + b % 2 * odd + b / 2 * 32 of the lane's rows r, and of rows r + 8
 // those `second` further on.
-__device__ inline void merge(const Arguments& a, i64 owner, int part, u8* memory, Softmax state,
+__device__ inline void merge(const Arguments& a, i64 slot, u8* memory, Softmax state,
                              const float (&output)[kBlocks][4], int first, int odd, int second,
                              int warp, int lane) {
   constexpr int kRow = VALUE_DIM + 4;
@@ -31,7 +31,6 @@ __device__ inline void merge(const Arguments& a, i64 owner, int part, u8* memory
     }
   }
   sync_block();
-  const int parts = a.page_parts + a.dense_parts;
   for (int i = thread(); i < a.rows * VALUE_DIM; i += 32 * kWarps) {
     const int row = i / VALUE_DIM, channel = i % VALUE_DIM;
     float maximum = kBlind, sum = 0.0f, normalizer = 0.0f;
@@ -44,7 +43,7 @@ __device__ inline void merge(const Arguments& a, i64 owner, int part, u8* memory
       sum += share * sums[column * kRow + channel];
       normalizer += share * maxima[2 * column + 1];
     }
-    const i64 place = (owner * a.rows + row) * parts + part;
+    const i64 place = slot * a.rows + row;
     a.sums[place * VALUE_DIM + channel] = sum;
     if (channel == 0) {
       a.maxima[2 * place] = maximum;

@@ -59,6 +59,7 @@ __device__ inline float shuffle_xor(float value, int mask) {
 }
 __device__ inline int shuffle(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 __device__ inline bool any_lane(bool value) { return __any_sync(0xffffffffu, value); }
+__device__ inline int count_lanes(bool value) { return __popc(__ballot_sync(0xffffffffu, value)); }
 
 // The transpose of an 8x8 matrix of 16-bit numbers, lane 4 r + c holding (r, 2c) and (r, 2c + 1).
 __device__ inline u32 transpose(u32 value) {
