@@ -151,7 +151,10 @@ def measure(cubin: bytes, shared: int) -> dict[str, Any]:
 
 
 def _loops(sass: dict[int, str]) -> list[set[int]]:
-    """Addresses in the bodies of backward branches, but for those of code moved behind the end."""
+    """Addresses in the bodies of backward branches, largest first.
+
+    Without code moved behind the end, and without loops around loops.
+    """
     loops = []
     for address, instruction in sass.items():
         branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", instruction)
@@ -159,7 +162,8 @@ def _loops(sass: dict[int, str]) -> list[set[int]]:
             body = {at for at in sass if int(branch[1], 16) <= at <= address}
             if len(body) >= FEWEST_INSTRUCTIONS and not any("EXIT" in sass[at] for at in body):
                 loops.append(body)
-    return sorted(loops, key=len, reverse=True)
+    innermost = [loop for loop in loops if not any(other < loop for other in loops)]
+    return sorted(innermost, key=len, reverse=True)
 
 
 def _disassemble(cubin: bytes, *options: str) -> str:

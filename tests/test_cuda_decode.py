@@ -247,6 +247,9 @@ def test_the_host_code_divides_the_work(monkeypatch: pytest.MonkeyPatch, process
     check(packed, 1, 4, None, fresh=True, starts=torch.tensor([0, 690]))
     short = packed_states(config, 64, None, (5, 100), dtype=torch.float16)
     check(short, 2, 1, None)
+    ragged = packed_states(config, 64, None, (1700, 130, 130), dtype=torch.float16)
+    assert (cuda_decode.plan(ragged, 0).streamed > 0) == (processors == 1)
+    check(ragged, 2, 1, None)
 
 
 def test_declines_what_it_was_not_made_for() -> None:
@@ -302,28 +305,46 @@ def test_says_which_pages_it_cannot_read(
 
 
 @given(
-    owners=st.integers(1, 4096),
-    pages=st.integers(0, 9000),
+    counts=st.lists(st.integers(0, 9000), min_size=1, max_size=40),
+    heads=st.integers(1, 16),
     processors=st.integers(1, 200),
     together=st.integers(1, 2),
     fewest=st.sampled_from([1, 2, 4]),
 )
 def test_every_page_is_read_once(
-    owners: int, pages: int, processors: int, together: int, fewest: int
+    counts: list[int], heads: int, processors: int, together: int, fewest: int
 ) -> None:
-    team, parts = cuda_decode._divide(owners, pages, processors, together, fewest)
+    pages, owners, read = max(counts), heads * len(counts), heads * sum(counts)
+    team, parts = cuda_decode._divide(owners, pages, read, processors, together, fewest)
     assert team in (1, 2, 4)
     assert team >= fewest
-    assert parts >= 1
+    if not parts:
+        return  # the kernel divides: test_many_sequences_share_the_blocks
     assert owners * parts <= max(owners, 4 * together * processors)
     teams = WARPS // team
     assert parts <= max(1, -(-pages // teams))  # otherwise some have nothing to do
-    read = [
+    found = [
         page
         for part, index in itertools.product(range(parts), range(teams))
         for page in range(part * teams + index, pages, parts * teams)
     ]
-    assert sorted(read) == list(range(pages))
+    assert sorted(found) == list(range(pages))
+
+
+@pytest.mark.parametrize(
+    ("counts", "streamed"),
+    [
+        ([8], False),  # a page at once
+        ([256] * 8, False),  # four parts each fill the places of an H200
+        ([256, 230, 192, 154, 128, 77, 51, 26], True),  # parts would be as unlike as sequences
+        ([256] * 29, True),  # 232 sequences and heads, 264 places
+        ([32] * 1176, False),  # small parts fill the places well enough
+    ],
+)
+def test_work_is_shared_evenly_where_that_is_faster(counts: list[int], streamed: bool) -> None:
+    owners, read = 8 * len(counts), 8 * sum(counts)
+    _, parts = cuda_decode._divide(owners, max(counts), read, 132, 2, 1)
+    assert (parts == 0) == streamed
 
 
 @pytest.mark.parametrize("per_block", [99 << 10, 163 << 10, 227 << 10])  # sm_89, sm_80, sm_90

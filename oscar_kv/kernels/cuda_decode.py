@@ -91,7 +91,7 @@ class CombineArguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is divided: every sequence and KV head alike, or, *streamed*, all of it evenly."""
+    """How work is divided: every sequence and KV head alike, or, *streamed*, all of it evenly."""
 
     team: int
     """Warps that share a page."""
@@ -199,19 +199,25 @@ def plan(packed: PackedKV, num_new: int) -> Plan:
 
     fewest = next(team for team in (1, 2, 4) if memory(team) <= block_shared_memory(device))
     together = min(_MOST_BLOCKS_PER_SM, shared_memory(device) // memory(fewest))
-    team, parts = _divide(owners, packed.most_pages, multiprocessors(device), together, fewest)
-    apart = (parts + dense) * owners <= together * multiprocessors(device)
-    return Plan(team, parts, dense, apart)
+    processors = multiprocessors(device)
+    read = layout.num_kv_heads * sum(packed.pages_per_sequence)
+    team, parts = _divide(owners, packed.most_pages, read, processors, together, fewest)
+    if not parts:
+        return Plan(team, 0, dense, streamed=together * processors)
+    return Plan(team, parts, dense, dense_apart=(parts + dense) * owners <= together * processors)
 
 
 @lru_cache(maxsize=4096)
 def _divide(
-    owners: int, pages: int, processors: int, together: int, fewest: int
+    owners: int, pages: int, read: int, processors: int, together: int, fewest: int
 ) -> tuple[int, int]:
     """The team and the parts that are done first, for ``owners`` sequences times KV heads.
 
+    No parts mean that blocks share all work evenly.
+
     Args:
         pages: of the longest sequence.
+        read: pages of all sequences and KV heads.
         processors: SMs of the GPU, which work on up to `together` blocks at a time.
         fewest: warps of a team whose pages fit a block.
     """
@@ -222,15 +228,19 @@ def _divide(
             return team, parts
     teams = WARPS // fewest
 
+    # Time of the busiest SM, in pages of a team; the constants were fitted to measurements.
     def cost(parts: int) -> float:
-        """Time of the busiest SM, in pages of a team. An only block has the SM to itself and gains
-        little by that; every block costs as much as another page."""
+        """An only block has the SM to itself and gains little by that; every block costs as much
+        as another page."""
         blocks = -(-owners * parts // processors)
         pace = 1.2 if min(blocks, together) == 1 else 1.0
         return blocks * (pace * -(-pages // (parts * teams)) + 1)
 
+    # A block has to find its share first; going on to the next owner costs more than a page.
+    even = (read / teams + 1.25 * owners) / processors + 1.75 * together
     most = max(1, min(-(-pages // teams), 4 * together * processors // owners))
-    return fewest, min(range(1, most + 1), key=cost)
+    parts = min(range(1, most + 1), key=cost)
+    return fewest, parts if cost(parts) <= even else 0
 
 
 def _dense_tokens(packed: PackedKV, num_new: int) -> tuple[int, int, int]:

@@ -5,9 +5,9 @@
 #include <states.cuh>
 
 struct Arguments {
-  const float* sums;    // [slots, rows, E], in the rotated basis for parts of pages, which come first
-  const float* maxima;  // [slots, rows, 2]: maximum of the logits in base 2, normalizer
-  const int* ranges;    // [B, H, 2]: first and last slot of pages; null if each has page_parts
+  const float* sums;  // [slots, rows, E], in the rotated basis for parts of pages, which come first
+  const float* maxima;      // [slots, rows, 2]: maximum of the logits in base 2, normalizer
+  const int* ranges;        // [B, H, 2]: first and last slot of pages; null if each has page_parts
   const void* sink_logits;  // [Hq], join the normalizer; or null
   u16* out;                 // [B, Hq, num_queries, E]
   int page_parts;

@@ -6,10 +6,10 @@ constexpr int kTeams = kWarps / TEAM;
 
 // Of one sequence and head: rounds of pages, in which every team takes one, and dense parts.
 struct Share {
-  int owner;                      // sequence * HEADS + head
-  int slot;                       // for what comes out of the pages
-  int round, round_end;           // every stride-th of these, up to the last page
-  int dense, dense_end, stride;   // and of these
+  int owner;                     // sequence * HEADS + head
+  int slot;                      // for what comes out of the pages
+  int round, round_end;          // every stride-th of these, up to the last page
+  int dense, dense_end, stride;  // and of these
 };
 
 // Where every sequence and head is divided alike: dense parts come last, as they are shorter.
