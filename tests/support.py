@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import transformers
 from omni import SPEAKING, parts
-from tiny_config import tiny_config
+from tiny_config import merged, tiny_config
 from tiny_inputs import PROMPT, Inputs, inputs_for
 from tiny_overrides import NOT_BUILT, OVERRIDES
 from torch import Tensor
@@ -156,10 +156,14 @@ def oscar_cache(model: Any, config: OscarConfig | None = None) -> Any:
     return OscarCache(model.config, config)
 
 
-def tiny_model(name: str) -> Any:
-    """A random model of the class ``name``, always the same."""
+def tiny_model(name: str, **overrides: Any) -> Any:
+    """A random model of the class ``name``, always the same.
+
+    Args:
+        overrides: config fields besides those of ``tiny_overrides.py``.
+    """
     model_class = getattr(transformers, name)
-    config = tiny_config(model_class.config_class, OVERRIDES.get(name))
+    config = tiny_config(model_class.config_class, merged(OVERRIDES.get(name, {}), overrides))
     torch.manual_seed(1)
     model = model_class(config).eval()
     # Wider than usual, so that attention is far from uniform and a wrong key shows.

@@ -65,12 +65,13 @@ def converse(model: Any, cache: Any, answers: list[Tensor] | None = None) -> tup
     _forget_positions(model)
     first = inputs_for(model)
     said: Inputs = {name: first[name][:, :0] for name in PER_TOKEN if name in first}
+    everything: Inputs = {}
     turns, logits = [], []
     for number in range(TURNS):
         turns.append(later_turn(first, number) if number else first)
         said = {name: torch.cat([said[name], turns[-1][name]], 1) for name in said}
         everything = _merged(model, turns) | said
-        more = {"position_ids": positions(model, everything)} if number else {}
+        more: Inputs = {"position_ids": positions(model, everything)} if number else {}
         if answers is not None:
             more["logits_processor"] = LogitsProcessorList([Forced(answers[number])])
         out = generate(model, turns[-1] | said | more, cache)
