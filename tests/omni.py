@@ -18,7 +18,7 @@ SPEAKING = ("Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGe
 def prompt(model: Any) -> Inputs:
     """Arguments of ``generate`` for a whole model: one prompt with an image and a sound."""
     inputs = {name: part[: len(part) // 2] for name, part in inputs_for(model.thinker).items()}
-    if isinstance(model.config.talker_config.get_text_config(), type(model.config.talker_config)):
+    if hasattr(model, "speaker_map"):
         _lend_a_voice(model)
         # Given to both, as an argument without a prefix is, pixels would be refused by the talker.
         inputs["thinker_pixel_values"] = inputs.pop("pixel_values")
