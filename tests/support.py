@@ -9,13 +9,14 @@ reads dequantized states, and with ``"oscar"``, which reads packed ones: both mu
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import torch
 import transformers
-from tiny_config import tiny_config
+from omni import SPEAKING, parts
+from tiny_config import merged, tiny_config
 from tiny_inputs import PROMPT, Inputs, inputs_for
 from tiny_overrides import NOT_BUILT, OVERRIDES
 from torch import Tensor
@@ -81,7 +82,7 @@ class _Run:
     exchanged: bool
 
 
-class _Forced(LogitsProcessor):
+class Forced(LogitsProcessor):
     """Has ``generate`` follow given tokens, so that logits can be compared one by one."""
 
     def __init__(self, tokens: Tensor) -> None:
@@ -108,7 +109,18 @@ def examine(name: str) -> Outcome:
         return Outcome(name, "not tested", NOT_BUILT[name])
     try:
         model = tiny_model(name)
-        inputs = inputs_for(model)
+        generators = parts(model) if name in SPEAKING else [(model, inputs_for(model))]
+    except Exception as error:
+        return Outcome(name, "not tested", _in_words(error))
+    outcomes = [examine_model(*generator) for generator in generators]
+    worst = next((outcome for outcome in outcomes if outcome.status != "packed"), outcomes[0])
+    return replace(worst, name=name)
+
+
+def examine_model(model: Any, inputs: Inputs) -> Outcome:
+    """Tries everything on one model that generates from ``inputs``."""
+    name = type(model).__name__
+    try:
         reference = _generate(model, inputs)
         if not torch.stack(reference.logits).isfinite().all():
             raise ValueError("the tiny model's own logits are not finite")
@@ -123,7 +135,7 @@ def examine(name: str) -> Outcome:
     try:
         model.set_attn_implementation("oscar")
         ours = _try_cache(model, inputs, reference)
-        gap = _relative_gap(ours.logits[:, 0], own.logits[:, 0])
+        gap = relative_gap(ours.logits[:, 0], own.logits[:, 0])
         if gap > PACKED_TOLERANCE:
             raise WrongError(f"compact, logits differ from dequantized ones by {gap:.1e}")
     except (ValueError, TypeError) as error:
@@ -144,10 +156,14 @@ def oscar_cache(model: Any, config: OscarConfig | None = None) -> Any:
     return OscarCache(model.config, config)
 
 
-def tiny_model(name: str) -> Any:
-    """A random model of the class ``name``, always the same."""
+def tiny_model(name: str, **overrides: Any) -> Any:
+    """A random model of the class ``name``, always the same.
+
+    Args:
+        overrides: config fields besides those of ``tiny_overrides.py``.
+    """
     model_class = getattr(transformers, name)
-    config = tiny_config(model_class.config_class, OVERRIDES.get(name))
+    config = tiny_config(model_class.config_class, merged(OVERRIDES.get(name, {}), overrides))
     torch.manual_seed(1)
     model = model_class(config).eval()
     # Wider than usual, so that attention is far from uniform and a wrong key shows.
@@ -184,23 +200,22 @@ def _try_cache(model: Any, inputs: Inputs, reference: Any) -> _Run:
     """
     expected = torch.stack(reference.logits).float()
     exact = _generate(model, inputs, past_key_values=oscar_cache(model, EXACT))
-    gap = _relative_gap(torch.stack(exact.logits).float(), expected)
+    gap = relative_gap(torch.stack(exact.logits).float(), expected)
     if gap > EXACT_TOLERANCE or not torch.equal(exact.sequences, reference.sequences):
         raise WrongError(f"exact setting, logits differ by {gap:.1e}")
 
     cache = oscar_cache(model)
-    forced = LogitsProcessorList([_Forced(reference.sequences[:, -NEW_TOKENS:])])
+    forced = LogitsProcessorList([Forced(reference.sequences[:, -NEW_TOKENS:])])
     with (
         _watched("extend_attention") as extend,
         _watched("_packed_view") as view,
     ):
         compact = _generate(model, inputs, past_key_values=cache, logits_processor=forced)
-    if not _pages(cache):
+    if not pages(cache):
         raise WrongError("compact, nothing was packed")
     logits = torch.stack(compact.logits).float()
     # The prompt attends over its exact self; what comes after it over what was stored.
-    later = torch.stack([logits[1:].flatten(), expected[1:].flatten()])
-    correlation = float(torch.corrcoef(later)[0, 1])
+    correlation = correlation_of(logits[1:], expected[1:])
     if not logits.isfinite().all() or not correlation > LEAST_CORRELATION:
         raise WrongError(f"compact, correlation of logits is {correlation:.3f}")
     asked = any(call.args[1].shape[2] > PROMPT for call in view.call_args_list)
@@ -214,14 +229,20 @@ def _watched(function: str) -> Any:
     )
 
 
-def _pages(cache: Any) -> int:
+def pages(cache: Any) -> int:
     """How many pages the decoder's layers hold."""
     layers = getattr(cache, "self_attention_cache", cache).layers
     packed = [layer.packed for layer in layers if isinstance(layer, OscarLayer)]
     return sum(sum(p.pages_per_sequence) for p in packed if p is not None)
 
 
-def _relative_gap(ours: Tensor, theirs: Tensor) -> float:
+def correlation_of(ours: Tensor, theirs: Tensor) -> float:
+    """Correlation of logits."""
+    return float(torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1])
+
+
+def relative_gap(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference of logits, relative to their spread."""
     return float((ours - theirs).abs().max() / theirs.std())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from omni import SPEAKING
 from support import Outcome, class_names, examine
 from tiny_inputs import reads_media
 
@@ -54,6 +55,8 @@ _SECTIONS = {
 def row(outcome: Outcome) -> str:
     """The line of ``docs/models.md`` for one class."""
     media = " (an image or a sound in the prompt)" if reads_media(outcome.name) else ""
+    if outcome.name in SPEAKING:
+        media = " (an image and a sound in the prompt; thinker and talker, each with its own cache)"
     reason = f": {outcome.reason}" if outcome.reason else ""
     return f"- `{outcome.name}`{media}{reason}"
 

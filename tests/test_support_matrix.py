@@ -25,8 +25,10 @@ SUBSET = (
     "MllamaForConditionalGeneration",  # layers that cache images
     "PaliGemmaForConditionalGeneration",  # prompts attend in both directions
     "PegasusXForConditionalGeneration",  # does not say that it is causal
+    "Qwen2_5OmniForConditionalGeneration",  # a thinker and a talker
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3NextForCausalLM",  # linear attention
+    "Qwen3OmniMoeForConditionalGeneration",
     "T5ForConditionalGeneration",  # position biases
     "VoxtralForConditionalGeneration",
     "WhisperForConditionalGeneration",

@@ -110,7 +110,7 @@ def tiny_config(
     Args:
         overrides: fields to set after shrinking, those of sub-configs as nested dicts.
     """
-    return config_class(**_merged(_shrunk(config_class()), overrides or {}))
+    return config_class(**merged(_shrunk(config_class()), overrides or {}))
 
 
 def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
@@ -185,9 +185,10 @@ def _shrink_rope(fields: dict[str, Any]) -> None:
                 parameters[name] = [1.0] * pairs
 
 
-def _merged(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(fields)
+def merged(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """``fields`` with those of ``overrides`` in their place, dicts within them likewise."""
+    both = dict(fields)
     for name, value in overrides.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if both else value
-    return merged
+        nested = isinstance(value, dict) and isinstance(both.get(name), dict)
+        both[name] = merged(both[name], value) if nested else value
+    return both

@@ -49,6 +49,20 @@ def inputs_for(model: Any) -> Inputs:
     return {"input_ids": text(40), "decoder_input_ids": text()}
 
 
+def later_turn(inputs: Inputs, number: int) -> Inputs:
+    """What comes new in turn ``number`` of a conversation that began with ``inputs``.
+
+    The tokens around the image or sound of ``inputs``, and pixels or a sound that are others.
+    """
+    turn = dict(inputs)
+    for name, part in inputs.items():
+        if part.shape[1:] == (PROMPT,):
+            turn[name] = part[:, _MEDIA_AT - 10 : _MEDIA_AT + 60]
+        elif part.is_floating_point():
+            turn[name] = part.roll(number, -1)
+    return turn
+
+
 def _noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -140,10 +154,14 @@ def _qwen_omni(model: Any) -> Inputs:
     }
     with torch.no_grad():
         heard = model.get_audio_features(**media)
-    features = getattr(heard, "pooler_output", heard)
-    count = (features if isinstance(features, Tensor) else features.last_hidden_state).shape[0] // 2
+    if not isinstance(heard, Tensor):  # depends on the model and the version
+        pooled = getattr(heard, "pooler_output", None)
+        heard = heard.last_hidden_state if pooled is None else pooled
+    count = len(heard) // 2
     at = _MEDIA_AT + 40
     inputs["input_ids"][:, at : at + count] = model.config.audio_token_id
+    inputs["input_ids"][:, at - 1] = model.config.audio_start_token_id
+    inputs["input_ids"][:, _MEDIA_AT - 1] = model.config.vision_start_token_id
     return {**inputs, **media}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny_config import HEAD_DIM, WIDTH
+from tiny_config import HEAD_DIM, VOCABULARY, WIDTH
 
 
 def _mrope(*section: int) -> dict[str, Any]:
@@ -39,7 +39,12 @@ _QWEN_4 = {
     "indexer_compress_ratio": 4,
     "rope_parameters": {"partial_rotary_factor": 0.25},
 }
-_QWEN_OMNI_TOKENS = {"vision_start_token_id": 130, "audio_start_token_id": 131}
+_QWEN_OMNI_THINKER = {
+    "vision_start_token_id": VOCABULARY - 2,
+    "audio_start_token_id": VOCABULARY - 1,
+    "text_config": _MROPE,
+}
+_SPEECH_CODES = VOCABULARY + 1024  # a talker never says the last 1,024
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {**_MAMBA, "attn_layer_indices": [1]},
@@ -105,11 +110,54 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "NemotronForCausalLM": {**_HEAD_DIM, "num_key_value_heads": 2},
     "PaddleOCRVLForConditionalGeneration": {"text_config": _MROPE},
     "Qwen2VLForConditionalGeneration": {"text_config": _MROPE},
-    "Qwen2_5OmniThinkerForConditionalGeneration": {**_QWEN_OMNI_TOKENS, "text_config": _MROPE},
+    "Qwen2_5OmniForConditionalGeneration": {
+        "thinker_config": _QWEN_OMNI_THINKER,
+        "talker_config": {**_MROPE, "embedding_size": WIDTH},
+        "token2wav_config": {
+            "dit_config": {
+                "num_embeds": VOCABULARY,
+                "emb_dim": 32,
+                "enc_emb_dim": 32,
+                "enc_dim": 32,
+                "enc_channels": [32, 32, 32, 32, 96],
+                "look_ahead_layers": [0],
+                "look_backward_layers": [0],
+            },
+            "bigvgan_config": {"upsample_initial_channel": 64},
+        },
+    },
+    "Qwen2_5OmniThinkerForConditionalGeneration": _QWEN_OMNI_THINKER,
     "Qwen2_5_VLForConditionalGeneration": {"text_config": _MROPE},
     "Qwen4ExpForCausalLM": _QWEN_4,
     "Qwen4ExpForConditionalGeneration": {"text_config": _QWEN_4},
-    "Qwen3OmniMoeThinkerForConditionalGeneration": {**_QWEN_OMNI_TOKENS, "text_config": _MROPE},
+    "Qwen3OmniMoeForConditionalGeneration": {
+        "thinker_config": _QWEN_OMNI_THINKER,
+        "talker_config": {
+            "text_config": {
+                **_MROPE,
+                "vocab_size": _SPEECH_CODES,
+                "shared_expert_intermediate_size": WIDTH,
+            },
+            "code_predictor_config": {"num_code_groups": 4},
+            "num_code_groups": 4,
+            "thinker_hidden_size": WIDTH,
+            "accept_hidden_layer": 1,
+            "spatial_merge_size": 2,
+            "speaker_id": {"ethan": 3},
+            "codec_eos_token_id": 4,
+            "codec_nothink_id": 5,
+            "codec_think_bos_id": 6,
+            "codec_think_eos_id": 7,
+            "codec_pad_id": 8,
+            "codec_bos_id": 9,
+        },
+        "code2wav_config": {
+            "decoder_dim": 64,
+            "num_quantizers": 4,
+            "codebook_size": _SPEECH_CODES,
+        },
+    },
+    "Qwen3OmniMoeThinkerForConditionalGeneration": _QWEN_OMNI_THINKER,
     "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
     "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds": False},
     "Step3p7ForConditionalGeneration": {"text_config": {"sliding_window": 48}},
