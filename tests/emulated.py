@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from oscar_kv.kernels import cuda_decode
+from oscar_kv.kernels import cuda_decode, cuda_pack
 from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.cuda_driver import SOURCES, Program
+from oscar_kv.storage.layout import PageLayout
 
 COMPILER = shutil.which("g++")
 EMULATOR = Path(__file__).parent / "emulator"
@@ -28,6 +29,19 @@ def decode(call: AttentionCall, work: cuda_decode.Plan | None = None) -> Tensor:
         return cuda_decode.decode(call, work, run)
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def pack_into(
+    pool: Tensor,
+    page_ids: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: PageLayout,
+    *,
+    pages: int,
+) -> None:
+    """:func:`oscar_kv.kernels.cuda_pack.pack_into` on a CPU."""
+    cuda_pack.pack_into(pool, page_ids, keys, values, layout, pages=pages, run=run)
 
 
 def run(program: Program, argument: ctypes.Structure, blocks: int, *_: object) -> None:

@@ -14,6 +14,7 @@ from oscar_kv.kernels.triton_pack import pack_into
 from oscar_kv.kernels.triton_pack_spec import supports
 from oscar_kv.kernels.triton_unpack import unpack
 from oscar_kv.storage.packed import PackedKV
+from oscar_kv.storage.write import PackFunction
 
 __all__ = ["append", "attend", "pack_into", "unpack"]
 
@@ -23,13 +24,17 @@ _FEW_ROWS = 32
 
 
 def append(
-    packed: PackedKV, keys: Tensor, values: Tensor, lengths: Sequence[int] | None = None
+    packed: PackedKV,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Sequence[int] | None = None,
+    pack: PackFunction = pack_into,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`oscar_kv.kernels.append`: one launch for a few tokens, packing for many."""
     few = keys.ndim == 4 and keys.shape[2] <= triton_append.MOST_NEW_TOKENS
     if few and supports(packed.layout):
         return packed.append_step(keys, values, append_step, lengths=lengths)
-    return packed.append(keys, values, lengths=lengths, pack=pack_into)
+    return packed.append(keys, values, lengths=lengths, pack=pack)
 
 
 def attend(call: AttentionCall) -> Tensor:

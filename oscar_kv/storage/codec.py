@@ -22,7 +22,7 @@ the data, and E4M3 ends at 448."""
 # Elements of one tensor quantized at a time: small enough to stay in a CPU cache.
 _CHUNK_ELEMENTS = 1 << 18
 # Within these, kernels may carry a page's unit in the exponent of a float32 softmax.
-_UNIT_RANGE = (2.0**-60, 2.0**60)
+UNIT_RANGE = (2.0**-60, 2.0**60)
 
 _ROUNDING = {"fp8": round_fp8, "fp16": round_fp16}
 
@@ -71,7 +71,7 @@ def quantize_values(values: Tensor, layout: PageLayout) -> QuantizedValues:
     """Quantizes rotated values, float32 ``[N, H, 128, E]``, token by token."""
     config = layout.config
     peak = values.abs().amax((-2, -1), keepdim=True)
-    unit = torch.exp2(torch.ceil(torch.log2(peak / VALUE_PEAK))).clamp(*_UNIT_RANGE)
+    unit = torch.exp2(torch.ceil(torch.log2(peak / VALUE_PEAK))).clamp(*UNIT_RANGE)
     groups = (-1, layout.value_group)
     grid = FITS[config.fit](
         (values / unit).unflatten(-1, groups), -1, config.value_bits, _ROUNDING[config.metadata]

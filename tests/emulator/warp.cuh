@@ -235,6 +235,20 @@ inline u32 transpose(u32 value) {
   };
   return emulator::pair(at(2 * c, r), at(2 * c + 1, r));
 }
+inline Words<4> load_matrices(const void* row) {
+  const auto address = reinterpret_cast<size_t>(row);
+  const u32 mine[2] = {static_cast<u32>(address), static_cast<u32>(address >> 32)};
+  u32(*lanes)[8] = emulator::exchange(mine, 2);
+  const int r = emulator::current % 32 / 4, c = emulator::current % 4;
+  Words<4> words;
+  for (int m = 0; m < 4; ++m) {
+    const u32* of = lanes[8 * m + r];
+    const size_t begin = of[0] | static_cast<size_t>(of[1]) << 32;
+    if (begin % 16) emulator::mistake = "a row of a matrix is not aligned";
+    std::memcpy(&words.at[m], reinterpret_cast<const u8*>(begin) + 4 * c, 4);
+  }
+  return words;
+}
 inline void mma_f16(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   emulator::mma(sum, {a0, a1, a2, a3, b0, b1}, emulator::half_to_float);
 }
@@ -262,6 +276,18 @@ inline u32 pack_bf16(float low, float high) {
   };
   return emulator::pair(round(low), round(high));
 }
+inline u32 pack_e4m3(float low, float high) {
+  auto one = [](float x) -> u32 {
+    const u32 sign = as_bits(x) >> 24 & 0x80;
+    const float size = std::fmin(std::fabs(x), 448.0f);
+    if (std::isnan(x)) return 0x7f;
+    // Steps of an eighth of the power of two below; subnormals are multiples of 2**-9.
+    const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
+    const auto steps = static_cast<u32>(std::nearbyint(std::ldexp(size, 3 - exponent)));
+    return sign | (steps + (static_cast<u32>(exponent + 6) << 3));
+  };
+  return one(low) | one(high) << 8;
+}
 inline u32 both_low(u32 pair) { return (pair & 0xffff) * 0x10001u; }
 inline u32 both_high(u32 pair) { return (pair >> 16) * 0x10001u; }
 inline u32 even_bytes(u32 x) { return x & 0x00ff00ffu; }
@@ -278,4 +304,10 @@ inline u32 low_e4m3(u32 bytes) {
 inline u32 high_e4m3(u32 bytes) { return low_e4m3(bytes >> 16); }
 inline float power_of_two(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
+inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+inline float share(float a, float b, float c) {
+  const float x = std::fma(a, b, c);
+  return x > 0.0f ? std::fmin(x, 1.0f) : 0.0f;
+}
 inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float smaller(float a, float b) { return std::fmin(a, b); }

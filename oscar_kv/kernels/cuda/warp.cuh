@@ -54,6 +54,18 @@ __device__ inline void wait_for_copies() {  // all but the last kPending groups
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Four 8x8 matrices of 16-bit numbers from shared memory, as `transpose` has one: lane 8 m + i tells
+// where the 16 bytes of row i of matrix m are.
+__device__ inline Words<4> load_matrices(const void* row) {
+  Words<4> out;
+  u32 address = static_cast<u32>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out.at[0]), "=r"(out.at[1]), "=r"(out.at[2]), "=r"(out.at[3])
+               : "r"(address)
+               : "memory");
+  return out;
+}
+
 __device__ inline float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
@@ -137,6 +149,28 @@ __device__ inline u32 both_high(u32 pair) {
 __device__ inline u32 even_bytes(u32 x) { return __byte_perm(x, 0, 0x4240); }
 __device__ inline u32 odd_bytes(u32 x) { return __byte_perm(x, 0, 0x4341); }
 
+// The E4M3 bytes of two numbers, the nearest ones, at most 448.
+#if __CUDA_ARCH__ >= 890
+__device__ inline u32 pack_e4m3(float low, float high) {
+  u16 out;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(out) : "f"(low), "f"(high));
+  return out;
+}
+#else
+__device__ inline u32 to_e4m3(float x) {
+  x = fminf(fmaxf(x, -448.0f), 448.0f);
+  // Adding a power of two whose last mantissa bit weighs as much as E4M3's rounds to it.
+  const u32 exponent = __float_as_uint(x) >> 23 & 0xff;
+  const float magic = 1.5f * __uint_as_float(((exponent > 121 ? exponent : 121) + 20) << 23);
+  // Over 2**120 it has its own bits as a float32, subnormal or not.
+  const u32 bits = __float_as_uint(((x + magic) - magic) * 0x1p-120f);
+  return (bits >> 20 & 0x7f) | (bits >> 24 & 0x80);
+}
+__device__ inline u32 pack_e4m3(float low, float high) {
+  return to_e4m3(low) | to_e4m3(high) << 8;
+}
+#endif
+
 // The float16 pairs of the two low and the two high of four E4M3 bytes.
 #if __CUDA_ARCH__ >= 890
 __device__ inline u32 low_e4m3(u32 bytes) {
@@ -170,4 +204,16 @@ __device__ inline float power_of_two(float x) {
   return out;
 }
 __device__ inline float reciprocal(float x) { return __fdividef(1.0f, x); }
+__device__ inline float inverse_root(float x) {
+  float out;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+// a b + c within 0 .. 1; 0 instead of NaN.
+__device__ inline float share(float a, float b, float c) {
+  float out;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(out) : "f"(a), "f"(b), "f"(c));
+  return out;
+}
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline float smaller(float a, float b) { return fminf(a, b); }
