@@ -1,17 +1,20 @@
 """The Triton kernels that write pages and read them back, against what a page means.
 
-Pages are read with :mod:`oscar_kv.storage.codec`, so these tests hold on a GPU and in Triton's
-interpreter alike; there bfloat16 matrix products are wrong, so it is left to the GPU.
+They run on a GPU and in Triton's interpreter alike; there bfloat16 matrix products are wrong, so it
+is left to the GPU.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import pack_checks
 import pytest
 import torch
-from states import KINDS, slope, states
-from torch import Tensor
+from kernel_checks import DEVICE
+from kernel_checks import GPU as ON_GPU
+from pack_checks import page_states, relative_error
+from states import KINDS, states
 
 from oscar_kv import OscarConfig
 from oscar_kv.kernels.triton_append import append
@@ -25,8 +28,6 @@ from oscar_kv.storage.packed import PackedKV
 # NaN and Inf are part of the tests, and the interpreter computes with NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 MINMAX: dict[str, Any] = {"fit": "minmax", "token_scale": "cross_head"}
 
@@ -48,73 +49,26 @@ CASES: dict[str, tuple[OscarConfig, int, int]] = {
 }
 
 
-def page_states(
-    kind: str, pages: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of whole pages, on the device."""
-    keys, _ = states(kind, pages, heads, 128, key_dim)
-    _, values = states(kind, pages, heads, 128, value_dim, seed=1)
-    return keys.to(DEVICE, dtype), values.to(DEVICE, dtype)
-
-
-def pack(keys: Tensor, values: Tensor, layout: PageLayout) -> Tensor:
-    """The pages of ``[N, H, 128, channels]``."""
-    shape = (keys.shape[0], layout.num_kv_heads, layout.page_bytes)
-    pages = torch.empty(shape, dtype=torch.uint8, device=keys.device)
-    ids = torch.arange(keys.shape[0], dtype=torch.int32, device=keys.device)
-    pack_into(pages, ids, keys, values, layout, pages=1)
-    return pages
-
-
-def relative_error(read: Tensor, exact: Tensor) -> float:
-    return float((read - exact).norm() / exact.norm())
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_pages_are_as_good_as_the_references(case: str, dtype: torch.dtype) -> None:
     config, key_dim, value_dim = CASES[case]
-    heads = 3
-    layout = PageLayout(config, key_dim, heads, value_dim)
-    keys, values = page_states("norm_imbalance", 2, heads, key_dim, value_dim, dtype)
-    pages, expected = pack(keys, values, layout), codec.encode_pages(keys, values, layout)
-    for codes in (codec.key_codes, codec.value_codes):
-        same = (codes(pages, layout) == codes(expected, layout)).float().mean()
-        assert same > 0.99
-    decoded = codec.decode_pages(pages, layout, torch.float64)
-    references = codec.decode_pages(expected, layout, torch.float64)
-    for read, reference, given in zip(decoded, references, (keys, values)):
-        exact = given.double()
-        assert relative_error(read, exact) <= 1.01 * relative_error(reference, exact)
-        if config.fit == "unbiased":
-            assert slope(read, exact) == pytest.approx(1, abs=0.03)  # of a few thousand numbers
+    layout = PageLayout(config, key_dim, 3, value_dim)
+    keys, values = page_states("norm_imbalance", 2, 3, key_dim, value_dim, dtype)
+    pack_checks.check_quality(pack_into, keys, values, layout)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_reading_is_unbiased_and_every_code_is_used(kind: str, bits: int) -> None:
-    layout = PageLayout(OscarConfig(key_bits=bits, value_bits=bits), 64, 2)
-    keys, values = page_states(kind, 6, 2, 64, 64, torch.float32)
-    pages = pack(keys, values, layout)
-    read_keys, read_values = codec.decode_pages(pages, layout, torch.float64)
-    product = (keys.double() * read_keys).sum(-1) / keys.double().square().sum(-1)
-    limits = 2.0**-10  # the token scale is a float16
-    clipped = (product - 1).abs() > limits
-    assert clipped.float().mean() < 0.01  # the refit may not double a scale
-    assert slope(read_values, values) == pytest.approx(1, abs=0.02)
-    assert codec.key_codes(pages, layout).unique().tolist() == list(range(2**bits))
-    assert codec.value_codes(pages, layout).unique().tolist() == list(range(2**bits))
+    pack_checks.check_unbiased(pack_into, kind, bits, torch.float32)
 
 
 @pytest.mark.parametrize("preset", ["compact", "paper"])
 @pytest.mark.parametrize("rows", [slice(5, 9), slice(None)])
 def test_zero_tokens_read_as_zeros(preset: str, rows: slice) -> None:
     layout = PageLayout(OscarConfig.preset(preset), 64, 2)
-    keys, values = page_states("gaussian", 1, 2, 64, 64, torch.float32)
-    keys[:, :, rows], values[:, :, rows] = 0, 0
-    for read in codec.decode_pages(pack(keys, values, layout), layout):
-        assert read.isfinite().all()
-        assert not read[:, :, rows].any()
+    pack_checks.check_zero_tokens(pack_into, layout, rows, torch.float32)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -122,43 +76,18 @@ def test_zero_tokens_read_as_zeros(preset: str, rows: slice) -> None:
 def test_a_token_that_is_not_finite_is_stored_as_zeros(case: str, number: float) -> None:
     config, dim, _ = CASES[case]
     layout = PageLayout(config, dim, 2)
-    keys, values = page_states("gaussian", 1, 2, dim, dim, torch.float32)
-    cleaned_keys, cleaned_values = keys.clone(), values.clone()
-    for states_, head, token in ((keys, 0, 3), (values, 1, 90), (values, 0, 127)):
-        states_[0, head, token, 17] = number
-        cleaned_keys[0, head, token], cleaned_values[0, head, token] = 0, 0
-    read = codec.decode_pages(pack(keys, values, layout), layout)
-    expected = codec.decode_pages(pack(cleaned_keys, cleaned_values, layout), layout)
-    for found, wanted in zip(read, expected):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
-    assert not read[1][0, 0, 3].any()
-    assert not read[1][0, 1, 90].any()
-    if config.token_scale == "per_head":  # the paper's scale is that of all heads
-        assert not read[0][0, 1, 90].any()
+    pack_checks.check_not_finite(pack_into, layout, number, 17, torch.float32)
 
 
 def test_pages_of_a_prompt_go_straight_into_a_pool() -> None:
-    layout = PageLayout(OscarConfig.compact(), 32, 2)
-    prompt = torch.randn(2, 128 * 3 + 20, 2, 2, 32, device=DEVICE).permute(3, 0, 2, 1, 4)
-    keys, values = prompt[0], prompt[1]  # [B, H, T, D], nothing but channels contiguous
-    pool = torch.full((7, 2, layout.page_bytes), 255, dtype=torch.uint8, device=DEVICE)
-    ids = torch.tensor([6, 1, 0, 4], dtype=torch.int32, device=DEVICE)
-    pack_into(pool, ids, keys[:, :, 9:], values[:, :, 9:], layout, pages=2)
-    for number, page in enumerate(ids.tolist()):
-        sequence, first = number // 2, 9 + number % 2 * 128
-        there = (sequence, slice(None), slice(first, first + 128))
-        expected = codec.encode_pages(keys[there][None], values[there][None], layout)
-        for read, wanted in zip(
-            codec.decode_pages(pool[page][None], layout), codec.decode_pages(expected, layout)
-        ):
-            assert relative_error(read, wanted) < 0.05
-    assert (pool[[2, 3, 5]] == 255).all()
+    pack_checks.check_prompt(pack_into, 32, torch.float32)
 
 
 def test_unbiased_scales_of_all_heads_take_the_plain_way() -> None:
     layout = PageLayout(OscarConfig(token_scale="cross_head"), 32, 2)
     keys, values = page_states("gaussian", 2, 2, 32, 32, torch.float32)
-    assert torch.equal(pack(keys, values, layout), codec.encode_pages(keys, values, layout))
+    pages = pack_checks.pack(pack_into, keys, values, layout)
+    assert torch.equal(pages, codec.encode_pages(keys, values, layout))
 
 
 @pytest.mark.parametrize(

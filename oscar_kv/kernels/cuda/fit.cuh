@@ -7,6 +7,7 @@
 
 constexpr float kStepOverDeviation = STEP_OVER_DEVIATION, kShareOfRange = SHARE_OF_RANGE;
 constexpr float kTiny = 0x1p-126f;
+constexpr float kNoise = 0x1p-20f;  // of a squared mean: what is less is rounding, so no deviation
 constexpr u32 kOne = 0x3c003c00u;  // a pair of float16
 
 // A channel over KEY_GROUP tokens. Column p is plane p, 16 tokens: up to two planes are in a lane.
@@ -57,9 +58,8 @@ __device__ inline Fit<Groups> fit(const float (&x)[kCount][2][4],
   for (int t = 0; t < kCount; ++t) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int h = i / 4, e = i % 4, group = Groups::of(h, e);
-      const float deviation = x[t][h][e] - mean[group];
-      out.squares[group] += deviation * deviation;
+      const float number = x[t][i / 4][i % 4];
+      out.squares[Groups::of(i / 4, i % 4)] += number * number;
     }
   }
 #pragma unroll
@@ -82,6 +82,9 @@ __device__ inline Fit<Groups> fit(const float (&x)[kCount][2][4],
 #pragma unroll
   for (int i = 0; i < Groups::kGroups; ++i) {
     const float low = out.low[i], high = out.high[i];
+    const float of_mean = Groups::kCount * mean[i] * mean[i];
+    const float squares = out.squares[i] - of_mean;
+    out.squares[i] = squares < kNoise * of_mean ? 0.0f : squares;
     float inverse, middle;
     if (Groups::kBits == 2) {
       inverse = inverse_root(larger(out.squares[i] * (1.0f / Groups::kCount), kTiny)) *
@@ -100,7 +103,8 @@ __device__ inline Fit<Groups> fit(const float (&x)[kCount][2][4],
 // What the codes of a lane's numbers are, and what the codes say of the groups.
 template <class Groups, int kCount>
 struct Codes {
-  u32 at[kCount][2][2];              // [t][h][row]: pairs of float16, columns 2 c and 2 c + 1
+  u32 at[kCount][2][2];       // [t][h][row]: pairs of float16, columns 2 c and 2 c + 1
+  u32 numbers[kCount][2][2];  // what they stand for, likewise
   float sum[Groups::kGroups];        // of codes
   float products[Groups::kGroups];  // sum of numbers times their codes
 };
@@ -133,6 +137,7 @@ __device__ inline Codes<Groups, kCount> encode(const float (&x)[kCount][2][4],
         }
         const u32 pair = pack_f16(codes[0], codes[1]);
         out.at[t][h][row] = pair;
+        out.numbers[t][h][row] = pack_f16(x[t][h][2 * row], x[t][h][2 * row + 1]);
         u32& sum = sums[kByRow ? row : h];
         sum = multiply_add(pair, kOne, sum);
       }
@@ -142,17 +147,19 @@ __device__ inline Codes<Groups, kCount> encode(const float (&x)[kCount][2][4],
   for (int i = 0; i < Groups::kGroups; ++i) out.sum[i] = 0.0f;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int mask = Groups::kFirst; mask < Groups::kEnd; mask *= 2)
+      sums[i] = multiply_add(sums[i], kOne, as_bits(shuffle_xor(as_float(sums[i]), mask)));
     out.sum[kByRow ? Groups::of(0, 2 * i) : Groups::of(i, 0)] += low_f16(sums[i]);
     out.sum[kByRow ? Groups::of(0, 2 * i + 1) : Groups::of(i, 1)] += high_f16(sums[i]);
   }
-  sum_lanes<Groups>(out.sum);
   sum_lanes<Groups>(out.products);
   return out;
 }
 
 // The slope of a group's grid: variance over covariance, both times the count.
 __device__ inline float unbiased_scale(float squares, float covariance) {
-  return covariance > 0.0f ? squares / larger(covariance, kTiny) : 0.0f;
+  return covariance > 0.0f ? squares * reciprocal(larger(covariance, kTiny)) : 0.0f;
 }
 
 // The low (set 0) or high two bits of codes, pairs of float16.

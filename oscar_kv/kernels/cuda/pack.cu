@@ -55,17 +55,25 @@ __device__ inline float pick(const float (&x)[4], int which) {
   return which & 2 ? high : low;
 }
 
-// Begins to copy the lane's part of the tile's states; `n` as in `pack`.
+// Which tokens a block takes; `exists` unless there are no more.
+struct Place {
+  bool exists;
+  int sequence, head, page;
+};
+__device__ inline Place place_of(const Arguments& a, int n) {
+  const int number = n / HEADS, sequence = number / a.pages;
+  return {n < a.count, sequence, n % HEADS, number - sequence * a.pages};
+}
+
+// Begins to copy the lane's part of the states there.
 template <int kChannels>
-__device__ inline void fetch(u8* rows, const u16* states, const i64 (&strides)[3],
-                             const Arguments& a, int n, int warp, int lane) {
-  if (n < a.count) {
-    const int page = n / HEADS, head = n % HEADS;
-    const u16* first = states + page / a.pages * strides[0] + head * strides[1] +
-                       static_cast<i64>(page % a.pages) * kPage * strides[2];
+__device__ inline void fetch(u8* rows, const u16* states, const i64 (&strides)[3], Place at,
+                             int warp, int lane) {
+  if (at.exists) {
+    states += at.sequence * strides[0] + at.head * strides[1] + at.page * kPage * strides[2];
 #pragma unroll
     for (int i = 0; i < kMine; ++i)
-      copy_tile<kChannels>(rows, first, strides[2], warp + i * kWarps, lane);
+      copy_tile<kChannels>(rows, states, strides[2], warp + i * kWarps, lane);
   }
   commit_copies();
 }
@@ -274,11 +282,12 @@ __device__ inline void pack_keys(u8* page, float* found, float (&x)[kTiles][2][4
     for (int h = 0; h < 2; ++h) {
       const u32 first = multiply_add(codes.at[t][h][0], steps[0], zeros[0]);
       const u32 second = multiply_add(codes.at[t][h][1], steps[1], zeros[1]);
-      const u32 sum = multiply(pack_f16(x[t][h][0], x[t][h][1]), first);
-      products[h] = transpose(multiply_add(pack_f16(x[t][h][2], x[t][h][3]), second, sum));
+      const u32 sum = multiply(codes.numbers[t][h][0], first);
+      products[h] = transpose(multiply_add(codes.numbers[t][h][1], second, sum));
     }
-    mma_f16(sums, r == 2 * t ? kOne : 0, r + 8 == 2 * t ? kOne : 0, r == 2 * t + 1 ? kOne : 0,
-            r + 8 == 2 * t + 1 ? kOne : 0, products[0], products[1]);
+    const u32 first = r == 2 * t % 8 ? kOne : 0, second = r == 2 * t % 8 + 1 ? kOne : 0;
+    mma_f16(sums, t < 4 ? first : 0, t < 4 ? 0 : first, t < 4 ? second : 0, t < 4 ? 0 : second,
+            products[0], products[1]);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) found[8 * r + 64 * (i / 2) + 2 * c + i % 2] = sums[i] * kUnit;
@@ -290,7 +299,7 @@ __device__ inline u16 corrected_scale(const Shared& shared, int slot) {
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) found += shared.found[w][slot];
   const float wanted = shared.wanted[slot];
-  float ratio = found > 0.0f ? wanted / larger(found, 1e-30f) : 1.0f;
+  float ratio = found > 0.0f ? wanted * reciprocal(larger(found, 1e-30f)) : 1.0f;
   ratio = smaller(larger(ratio, REFIT_LOW), REFIT_HIGH);
   const float scale = smaller(larger(shared.scale[slot] * ratio, kSmallestHalf), kLargestHalf);
   return static_cast<u16>(wanted > 0.0f ? pack_f16(scale, 0.0f) : 0);
@@ -313,13 +322,15 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
   wait_for_previous_grid();
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int warp = thread() / 32, lane = thread() % 32;
-  fetch<VALUE_DIM>(shared.values, a.values, a.value_strides, a, block(), warp, lane);
-  fetch<HEAD_DIM>(shared.keys, a.keys, a.key_strides, a, block(), warp, lane);
+  Place next = place_of(a, block());
+  fetch<VALUE_DIM>(shared.values, a.values, a.value_strides, next, warp, lane);
+  fetch<HEAD_DIM>(shared.keys, a.keys, a.key_strides, next, warp, lane);
   for (int i = thread(); i < PAGE_BYTES / 16; i += 32 * kWarps)  // also what no field covers
     reinterpret_cast<Words<4>*>(shared.page)[i] = {};
 
   for (int n = block(); n < a.count; n += a.blocks) {
     const int page_id = a.page_ids[n / HEADS];
+    next = place_of(a, n + a.blocks);
     PackedValues values[kMine];
     wait_for_copies<1>();
     sync_warp();
@@ -331,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
       rotate_values(shared.values, tile, lane, x);
       if (i == kMine - 1) {
         sync_warp();
-        fetch<VALUE_DIM>(shared.values, a.values, a.value_strides, a, n + a.blocks, warp, lane);
+        fetch<VALUE_DIM>(shared.values, a.values, a.value_strides, next, warp, lane);
       }
       values[i] = pack_values(x, mean, lane);
     }
@@ -352,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
     rotate_keys(shared.keys, warp, lane, x);
     sync_block();
 
-    fetch<HEAD_DIM>(shared.keys, a.keys, a.key_strides, a, n + a.blocks, warp, lane);
+    fetch<HEAD_DIM>(shared.keys, a.keys, a.key_strides, next, warp, lane);
     pack_keys(shared.page, shared.found[warp], x, shared.inverse, warp, lane);
     sync_block();
 

@@ -14,8 +14,8 @@ constexpr int kKeyBlocks = HEAD_DIM / 16, kValueBlocks = VALUE_DIM / 16;  // of 
 // Bytes from row to row: 16 more than they need, so that 8 rows of a matrix lie in different banks.
 __device__ constexpr int pitch(int channels) { return 2 * channels + 16; }
 
-// Whether an odd number of the lowest four bits are set: the sign of a Hadamard matrix.
-__device__ constexpr bool odd(int x) { return (x ^ x >> 1 ^ x >> 2 ^ x >> 3) & 1; }
+// Whether an odd number of three bits are set: the sign of a Hadamard matrix at i & j.
+__device__ constexpr bool odd(int bits) { return (bits ^ bits >> 1 ^ bits >> 2) & 1; }
 
 // Copies the states of a tile, kChannels each, tokens a stride apart; `rows` is that of slot 0.
 template <int kChannels>
@@ -40,22 +40,19 @@ __device__ inline const u8* row_of_lane(const u8* rows, int lane) {
 // The Hadamard matrix of order 16 as an operand, over kSignUnit. Rows r and r + 8 are channels 2 r
 // and 2 r + 1: neighbours in memory, in one lane.
 constexpr float kSignUnit = 128.0f;  // keeps sums of squares of values within float32
+constexpr u32 kNegative = 0x80008000u;
 struct Signs {
   u32 at[4];
 };
 __device__ inline Signs hadamard_signs(int lane) {
-  Signs out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 * 2 + i % 2, column = i / 2 * 8 + lane % 4 * 2;
-    out.at[i] = pack_states(odd(row & column) ? -1.0f / kSignUnit : 1.0f / kSignUnit,
-                            odd(row & (column + 1)) ? -1.0f / kSignUnit : 1.0f / kSignUnit);
-  }
-  return out;
+  const int r = lane / 4, c = lane % 4;
+  const u32 first = pack_states(1.0f / kSignUnit, 1.0f / kSignUnit) ^ (odd(r & c) ? kNegative : 0);
+  const u32 second = first ^ (r & 4 ? kNegative : 0);  // columns 8 further on
+  return {first, first ^ 0x80000000u, second, second ^ 0x80000000u};
 }
 __device__ inline Signs times_sign(Signs signs, bool negative) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) signs.at[i] ^= negative ? 0x80008000u : 0u;
+  for (int i = 0; i < 4; ++i) signs.at[i] ^= negative ? kNegative : 0;
   return signs;
 }
 __device__ inline void multiply_states(float (&sum)[4], const Signs& a, u32 b0, u32 b1) {
@@ -96,12 +93,11 @@ __device__ inline void rotate_values(const u8* rows, int tile, int lane,
     for (int i = 0; i < 8; ++i) x[b][i / 4][i % 4] = 0.0f;
 #pragma unroll
   for (int j = 0; j < kValueBlocks; ++j) {
-    const auto values = load_matrices(mine + 32 * j);
-    Signs without_mean = signs;
-    if (j == 0 && lane % 4 == 0) without_mean.at[0] &= 0xffff0000u, without_mean.at[1] &= 0xffff0000u;
+    auto values = load_matrices(mine + 32 * j);
+    if (j == 0 && lane % 4 == 0) values.at[0] &= 0xffff0000u, values.at[2] &= 0xffff0000u;
 #pragma unroll
     for (int b = 0; b < kValueBlocks; ++b) {
-      const Signs signed_ones = times_sign(without_mean, odd(b & j));
+      const Signs signed_ones = times_sign(signs, odd(b & j));
       multiply_states(x[b][0], signed_ones, values.at[0], values.at[1]);
       multiply_states(x[b][1], signed_ones, values.at[2], values.at[3]);
     }
@@ -111,13 +107,15 @@ __device__ inline void rotate_values(const u8* rows, int tile, int lane,
 // Squared norms of the keys of a tile: of slots r and r + 8, in lanes 4 r + r / 2 only. They are the
 // diagonal of a product with the same keys.
 __device__ inline void key_squares(const u8* rows, int tile, int lane, float (&squares)[2]) {
-  const u8* mine = row_of_lane<HEAD_DIM>(rows + 16 * tile * pitch(HEAD_DIM), lane);
+  rows += 16 * tile * pitch(HEAD_DIM);
+  const u8* columns = row_of_lane<HEAD_DIM>(rows, lane);
+  rows += lane % 16 * pitch(HEAD_DIM) + lane / 16 * 16;  // as the other operand needs them
   float low[4] = {}, high[4] = {};
 #pragma unroll
   for (int j = 0; j < kKeyBlocks; ++j) {
-    const auto k = load_matrices(mine + 32 * j);
-    mma_states(low, k.at[0], k.at[2], k.at[1], k.at[3], k.at[0], k.at[1]);
-    mma_states(high, k.at[0], k.at[2], k.at[1], k.at[3], k.at[2], k.at[3]);
+    const auto a = load_matrices(rows + 32 * j), b = load_matrices(columns + 32 * j);
+    mma_states(low, a.at[0], a.at[1], a.at[2], a.at[3], b.at[0], b.at[1]);
+    mma_states(high, a.at[0], a.at[1], a.at[2], a.at[3], b.at[2], b.at[3]);
   }
   const bool second = lane / 4 % 2;
   squares[0] = second ? low[1] : low[0];
