@@ -39,7 +39,7 @@ __device__ inline const u8* row_of_lane(const u8* rows, int lane) {
 
 // The Hadamard matrix of order 16 as an operand, over kSignUnit. Rows r and r + 8 are channels 2 r
 // and 2 r + 1: neighbours in memory, in one lane.
-constexpr float kSignUnit = 128.0f;  // keeps sums of squares of values within float32
+constexpr float kSignUnit = 16.0f;  // squares of values from 1e-18 to 1e18 then fit float32
 constexpr u32 kNegative = 0x80008000u;
 struct Signs {
   u32 at[4];
