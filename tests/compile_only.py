@@ -31,6 +31,7 @@ from oscar_kv.kernels import triton_backend as backend
 from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.cuda_decode import combine_program, decode_program
 from oscar_kv.kernels.cuda_driver import Program, compile_program
+from oscar_kv.kernels.cuda_pack import pack_program
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
@@ -66,6 +67,7 @@ CUDA_CASES = [  # preset, head size and warps that share a page
     *((preset, 128, team) for preset in ("quality", "paper", "high") for team in (1, 2, 4)),
     ("compact", 64, 1),
 ]
+CUDA_PACK_CASES = [("compact", 128), ("quality", 128), ("high", 128), ("compact", 64)]
 
 
 class Driver:
@@ -122,6 +124,10 @@ def compile_cuda(arch: int) -> dict[str, dict[str, Any]]:
         instructions, _ = figures["loops"][0]  # of a warp, for its share of a page
         figures["slots_per_512_codes"] = round(team * instructions / (head_dim / 2), 1)
         report[f"CUDA decode {preset} {head_dim}: team of {team}"] = figures
+    for preset, head_dim in CUDA_PACK_CASES:
+        layout = PageLayout(OscarConfig.preset(preset), head_dim, KV_HEADS)
+        program = pack_program(layout, torch.bfloat16)
+        report[f"CUDA pack {preset} {head_dim}"] = compile_and_measure(program)
     for value_dim in (64, 128):
         program = combine_program(value_dim, torch.bfloat16)
         report[f"CUDA combine {value_dim}"] = compile_and_measure(program)

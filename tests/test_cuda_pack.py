@@ -210,9 +210,7 @@ def test_the_backend_packs_prompts_with_it(monkeypatch: pytest.MonkeyPatch) -> N
         calls.append(args)
         pack_into(*args, **kwargs)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(
-        cuda_backend, "cuda_pack", SimpleNamespace(takes=takes, pack_into=counted)
-    )
+    monkeypatch.setattr(cuda_backend, "cuda_pack", SimpleNamespace(takes=takes, pack_into=counted))
     keys, values = (torch.randn(1, 2, 300, 64, device=DEVICE, dtype=torch.float16) for _ in "kv")
     for config, expected in ((OscarConfig(), 1), (OscarConfig.paper(), 0)):
         calls.clear()

@@ -38,11 +38,21 @@ def cuda_decode(slots: float, head_dim: int, team: int, shared: int) -> Budget:
     return Budget(255, shared << 10, ((page_loop(slots / team, head_dim), 0), *beside_pages))
 
 
+def cuda_pack(instructions: int, shared: int) -> Budget:
+    """A page of a warp in CUDA C++, where 16 warps of an SM have 128 registers each.
+
+    What spills are addresses that do not change: stored once, fetched again with every page.
+    """
+    return Budget(128, shared << 10, ((instructions, 28),), 28)
+
+
 # A little above what Triton 3.6 and 3.9 compile, whichever is more. They protect
 # - of decode, the instructions per code, which bound its speed wherever memory does not, and the
 #   programs that fit on an SM: 168 registers are twelve, and shared memory is the scarcer one;
 # - of decode in CUDA C++, which NVRTC 13.0 compiles, the same, and that two blocks fit on an SM
 #   (113 KiB each on sm_90, 81 KiB on sm_80) or at least one (163 KiB on sm_80);
+# - of pack in CUDA C++, the instructions, and two blocks of head size 128 on an SM of sm_90 or one
+#   on sm_80, four or three of 64;
 # - of extend, two programs per SM (228 KiB on sm_90, 164 KiB on sm_80), and its loops over pages
 #   with and without hidden tokens, and over full-precision tokens;
 # - of pack and append, which have 255 registers, that no more of them spill;
@@ -83,6 +93,10 @@ BUDGETS = {
         "CUDA decode high 128: team of 2": cuda_decode(43, 128, 2, 113),
         "CUDA decode high 128: team of 4": cuda_decode(57.5, 128, 4, 113),
         "CUDA decode compact 64: team of 1": cuda_decode(40.5, 64, 1, 113),
+        "CUDA pack compact 128": cuda_pack(2800, 84),
+        "CUDA pack quality 128": cuda_pack(2750, 84),
+        "CUDA pack high 128": cuda_pack(2950, 87),
+        "CUDA pack compact 64": cuda_pack(2980, 45),
         "CUDA combine 64": Budget(64, 3072, ((180, 0),)),
         "CUDA combine 128": Budget(64, 5120, ((230, 0),)),
     },
@@ -108,6 +122,10 @@ BUDGETS = {
         "CUDA decode high 128: team of 2": cuda_decode(47.5, 128, 2, 81),
         "CUDA decode high 128: team of 4": cuda_decode(65.5, 128, 4, 81),
         "CUDA decode compact 64: team of 1": cuda_decode(44.5, 64, 1, 81),
+        "CUDA pack compact 128": cuda_pack(2900, 84),
+        "CUDA pack quality 128": cuda_pack(2860, 84),
+        "CUDA pack high 128": cuda_pack(3070, 87),
+        "CUDA pack compact 64": cuda_pack(3070, 45),
         "CUDA combine 64": Budget(64, 3072, ((180, 0),)),
         "CUDA combine 128": Budget(64, 5120, ((230, 0),)),
     },

@@ -1,7 +1,7 @@
 """``pack`` in CUDA C++: the host side of ``cuda/pack.cu``.
 
-The same pages as :mod:`~oscar_kv.kernels.triton_pack` writes, faster (docs/performance.md), for
-what most models need: see :func:`unsupported` and :func:`takes`. Triton does the rest.
+The same pages as :mod:`~oscar_kv.kernels.triton_pack` writes, for what most models need: see
+:func:`unsupported` and :func:`takes`. Triton does the rest.
 """
 
 from __future__ import annotations
