@@ -266,6 +266,21 @@ inline u32 multiply_add(u32 a, u32 b, u32 c) {
                         one(high_f16(a), high_f16(b), high_f16(c)));
 }
 inline u32 multiply(u32 a, u32 b) { return multiply_add(a, b, 0); }
+inline u32 multiply_add_share(u32 a, u32 b, u32 c) {
+  const u32 sum = multiply_add(a, b, c);
+  auto limit = [](float x) {
+    return emulator::float_to_half(x > 0.0f ? std::fmin(x, 1.0f) : 0.0f);
+  };
+  return emulator::pair(limit(low_f16(sum)), limit(high_f16(sum)));
+}
+inline u32 larger_pair(u32 a, u32 b) {
+  return emulator::pair(emulator::float_to_half(std::fmax(low_f16(a), low_f16(b))),
+                        emulator::float_to_half(std::fmax(high_f16(a), high_f16(b))));
+}
+inline u32 smaller_pair(u32 a, u32 b) {
+  return emulator::pair(emulator::float_to_half(std::fmin(low_f16(a), low_f16(b))),
+                        emulator::float_to_half(std::fmin(high_f16(a), high_f16(b))));
+}
 inline u32 pack_f16(float low, float high) {
   return emulator::pair(emulator::float_to_half(low), emulator::float_to_half(high));
 }
@@ -305,9 +320,5 @@ inline u32 high_e4m3(u32 bytes) { return low_e4m3(bytes >> 16); }
 inline float power_of_two(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
-inline float share(float a, float b, float c) {
-  const float x = std::fma(a, b, c);
-  return x > 0.0f ? std::fmin(x, 1.0f) : 0.0f;
-}
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline float smaller(float a, float b) { return std::fmin(a, b); }

@@ -1,13 +1,14 @@
 // Packs pages: rotates 128 tokens of a KV head, fits grids, writes codes and metadata.
 //
-// A block takes one page and head after the other, a warp for every 16 channels of keys. First each
-// warp has 16 slots of the values to itself, with all their channels, then 16 channels of the keys,
-// with all their slots: whatever is fitted together is in the registers of one warp. While keys are
-// worked on the values of the next page arrive, and the other way round. A page is put together in
-// shared memory.
+// A block takes one page and head after the other, a warp for every 16 channels of keys. A warp
+// rotates 16 slots of values and of keys, brings them to a root mean square of one and keeps them
+// as float16, which is finer than any grid. Values are fitted right there. Keys, whose channels are
+// fitted, change hands: a warp gets 16 channels of all slots. So whatever belongs to a group is in
+// the registers of one warp. A page is put together in shared memory, and while that goes on the
+// values, and then the keys, of the next page arrive.
 //
-// A token with NaN or Inf in its key or value, or so large that its rotation or its squared norm
-// leaves float32, is stored as zeros.
+// A token with NaN or Inf in its key or value, or so large that its squared norm leaves float32, is
+// stored as zeros.
 //
 // Constants in capitals come from the page layout (cuda_pack.py).
 #include <fit.cuh>
@@ -25,27 +26,27 @@ struct Arguments {
 };
 
 constexpr int kWarps = kKeyBlocks;
-constexpr int kMine = kTiles / kWarps;  // tiles of values of a warp
-__device__ inline float infinity() { return as_float(0x7f800000u); }
+constexpr int kMine = kTiles / kWarps;  // tiles of a warp
 constexpr float kLargestHalf = 65504.0f, kSmallestHalf = 0x1p-24f;
+__device__ inline bool finite(float x) { return x < as_float(0x7f800000u); }  // of x >= 0 or NaN
 
 struct alignas(16) Shared {
-  u8 keys[kPage * pitch(HEAD_DIM)];
+  u8 keys[kPage * pitch(HEAD_DIM)];  // [slot, channel], then [channel, slot]
   u8 values[kPage * pitch(VALUE_DIM)];
   u8 page[PAGE_BYTES];
   float found[kWarps][kPage];  // <u, u_hat> over the channels of a warp
-  float squares[kPage];        // of keys; infinite where a token is not finite
+  float squares[kPage];        // squared norms of keys
   float scale[kPage];          // of tokens, before it is corrected
   float wanted[kPage];         // <u, u>
-  float inverse[kPage];        // what rotated keys have to be multiplied by
   float peaks[kTiles];         // largest rotated value of a tile
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "cuda_pack.py counts otherwise");
+static_assert(HEAD_DIM * pitch(kPage) <= sizeof(Shared::keys), "keys change hands in place");
 
 // What is kept of a tile of values until the largest value of the page is known.
 struct PackedValues {
-  u32 words[VALUE_SETS][kValueBlocks / 4][2];  // of block 4 i + c, rows r and r + 8, two tokens
-  float largest[4];  // of slot 8 (i / 2) + 2 c + i % 2; infinite where the token is not finite
+  u32 words[VALUE_SETS][kValueBlocks / 4][2];  // of block 4 i + c, channel 2 r or 2 r + 1, 2 tokens
+  float largest[4];  // of slot 8 (i / 2) + 2 c + i % 2; not finite where the token is not
   float scale, mean, mean_code;  // of slot i = r % 4
 };
 
@@ -78,77 +79,105 @@ __device__ inline void fetch(u8* rows, const u16* states, const i64 (&strides)[3
   commit_copies();
 }
 
-// Fits the values of a tile, rotated less their means.
-__device__ inline PackedValues pack_values(const float (&x)[kValueBlocks][2][4],
-                                           const float (&mean)[4], int lane) {
-  const int r = lane / 4;
-  const float zero[4] = {};
-  const auto line = fit<ValueGroups>(x, zero);
-  const auto codes = encode<ValueGroups>(x, line);
+// Products as pairs of float16, times a factor for each slot.
+template <int kBlocks>
+__device__ inline void narrow(const float (&x)[kBlocks][2][4], const float (&factor)[4],
+                              Pairs (&out)[kBlocks]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kBlocks; ++i) {
+    const int h = i / 2 % 2, row = i % 2;
+    const float(&from)[4] = x[i / 4][h];
+    out[i / 4][h][row] =
+        pack_f16(from[2 * row] * factor[2 * h], from[2 * row + 1] * factor[2 * h + 1]);
+  }
+}
+
+// Rotates and fits the values of a tile.
+__device__ inline PackedValues pack_values(const u8* rows, int lane) {
+  using Groups = ValueGroups;
+  const int r = lane / 4, c = lane % 4;
+  float mean[4], squares[4], factor[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int slot = i / 2 * 8 + 2 * c + i % 2;
+    mean[i] = to_float(*reinterpret_cast<const u16*>(rows + slot * pitch(VALUE_DIM)));
+  }
+  Pairs x[kValueBlocks], codes[kValueBlocks];
+  {
+    float rotated[kValueBlocks][2][4];
+    rotate<VALUE_DIM, true>(rows, lane, rotated, squares);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) factor[i] = inverse_root(larger(squares[i], kTiny));
+    narrow(rotated, factor, x);
+  }
+  const float none[4] = {};  // the mean has been subtracted
+  float low[4], high[4], count[4];
+  extrema<Groups>(x, low, high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) count[i] = VALUE_DIM;
+  choose_codes<Groups>(x, none, count, low, high, codes);
+  Sums<Groups> code_sums, products;
+#pragma unroll
+  for (int b = 0; b < kValueBlocks; ++b) {
+    code_sums.add(codes[b], 0);
+    products.add_products(x[b], codes[b], 0);
+  }
+  float sum[4], covariance[4];
+  code_sums.finish(sum);
+  products.finish(covariance);
+
   PackedValues out;
 #pragma unroll
   for (int set = 0; set < VALUE_SETS; ++set) {
     float words[kValueBlocks / 4][4];
-    join_planes<2 * VALUE_SETS>(codes.at, set, lane, words);
+    join_planes<Groups::kBits>(codes, set, lane, words);
 #pragma unroll
     for (int i = 0; i < kValueBlocks / 4; ++i) {
       out.words[set][i][0] = pack_integers(words[i][0], words[i][1]);
       out.words[set][i][1] = pack_integers(words[i][2], words[i][3]);
     }
   }
+  float norm[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float largest = larger(line.high[i] + mean[i], -(line.low[i] + mean[i]));
-    out.largest[i] = line.squares[i] < infinity() ? largest : infinity();
+    norm[i] = squares[i] * factor[i];
+    const float largest = larger(high[i] * norm[i] + mean[i], -(low[i] * norm[i] + mean[i]));
+    out.largest[i] = finite(squares[i]) ? largest : squares[i];
   }
-  out.scale = unbiased_scale(pick(line.squares, r), pick(codes.products, r));
+  out.scale = pick(norm, r) * unbiased_scale(VALUE_DIM, pick(covariance, r));
   out.mean = pick(mean, r);
-  out.mean_code = pick(codes.sum, r) * (1.0f / VALUE_DIM);
+  out.mean_code = pick(sum, r) * (1.0f / VALUE_DIM);
   return out;
 }
 
-// Finds the squared norms of a tile's keys and the largest of its values. A token of which one or
-// the other is not finite gets an infinite norm, a key of zeros, and a grid of zeros.
-__device__ inline void weigh(Shared& shared, PackedValues& values, int tile, int lane) {
+// Tells all warps of a tile's keys and values. A token of which one or the other is not finite gets
+// a key and a grid of zeros.
+__device__ inline void announce(Shared& shared, float (&keys)[kKeyBlocks][2][4],
+                                const float (&squares)[4], PackedValues& values, int tile,
+                                int lane) {
   const int r = lane / 4, c = lane % 4;
-  float squares[2];
-  key_squares(shared.keys, tile, lane, squares);
-  float* of_tile = shared.squares + 16 * tile;
-  if (c == r / 2) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float largest = r % 2 ? values.largest[2 * h + 1] : values.largest[2 * h];
-      const bool finite = largest < infinity() && squares[h] < infinity();
-      of_tile[8 * h + r] = finite ? squares[h] : infinity();
-    }
-  }
-  sync_warp();
   float peak = 0.0f;
-  bool some_infinite = false;
+  bool all = true;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const bool finite = of_tile[8 * (i / 2) + 2 * c + i % 2] < infinity();
-    peak = larger(peak, finite ? values.largest[i] : 0.0f);
-    some_infinite = some_infinite || !finite;
-    if (i == r % 4 && !finite) values.scale = values.mean = 0.0f;
+    const bool good = finite(values.largest[i]) && finite(squares[i]);
+    all = all && good;
+    peak = larger(peak, good ? values.largest[i] : 0.0f);
+    if (r == 0) shared.squares[16 * tile + i / 2 * 8 + 2 * c + i % 2] = good ? squares[i] : 0.0f;
+    if (i == r % 4 && !good) values.scale = values.mean = 0.0f;
   }
 #pragma unroll
   for (int mask = 1; mask < 4; mask *= 2) peak = larger(peak, shuffle_xor(peak, mask));
   if (lane == 0) shared.peaks[tile] = peak;
-  if (!any_lane(some_infinite)) return;
-  for (int slot = 0; slot < 16; ++slot) {
-    if (of_tile[slot] < infinity()) continue;
-    u32* row = reinterpret_cast<u32*>(shared.keys + (16 * tile + slot) * pitch(HEAD_DIM));
-    for (int i = lane; i < HEAD_DIM / 2; i += 32) row[i] = 0;
-  }
-}
-
-// The means over channels of rotated values; see `rotate_values`.
-__device__ inline void value_means(const u8* rows, int tile, int lane, float (&mean)[4]) {
+  if (!any_lane(!all)) return;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int slot = 16 * tile + i / 2 * 8 + lane % 4 * 2 + i % 2;
-    mean[i] = to_float(*reinterpret_cast<const u16*>(rows + slot * pitch(VALUE_DIM))) / kSignUnit;
+    const bool good = finite(values.largest[i]) && finite(squares[i]);
+#pragma unroll
+    for (int b = 0; b < kKeyBlocks; ++b) {
+      keys[b][i / 2][i % 2] = good ? keys[b][i / 2][i % 2] : 0.0f;
+      keys[b][i / 2][i % 2 + 2] = good ? keys[b][i / 2][i % 2 + 2] : 0.0f;
+    }
   }
 }
 
@@ -174,80 +203,121 @@ __device__ inline void write_values(u8* page, const PackedValues& values, float 
   }
 }
 
-// The token scale of a slot before it is corrected, and what follows from it.
-__device__ inline void scale_token(Shared& shared, int slot, int lane) {
-  float count = 0.0f;  // tokens that are not zeros: each is brought to a norm of one
+// Mean square of the page's keys, once each is brought to a norm of one and unless it is zeros.
+__device__ inline float mean_square_of_units(const Shared& shared, int lane) {
+  const auto squares = load<4>(shared.squares + 4 * lane);
+  float count = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float squares = shared.squares[4 * lane + i];
-    count += squares > 0.0f && squares < infinity() ? 1.0f : 0.0f;
-  }
+  for (int i = 0; i < 4; ++i) count += as_float(squares.at[i]) > 0.0f ? 1.0f : 0.0f;
 #pragma unroll
   for (int mask = 1; mask < 32; mask *= 2) count += shuffle_xor(count, mask);
-  const float mean_square = count > 0.0f ? count * (1.0f / (kPage * HEAD_DIM)) : 1.0f;
-  const float all = shared.squares[slot];
-  const float squares = all < infinity() ? all : 0.0f;
-  const float product = squares > 0.0f ? squares * mean_square : mean_square;
-  float scale = product * inverse_root(larger(product, kTiny));
-  scale = smaller(larger(scale, kSmallestHalf), kLargestHalf);
-  scale = low_f16(pack_f16(scale, scale));
-  const float inverse = reciprocal(scale);
-  shared.scale[slot] = scale;
-  shared.wanted[slot] = squares * inverse * inverse;
-  shared.inverse[slot] = kSignUnit * ROTATION_UNIT * inverse;
+  return count > 0.0f ? count * (1.0f / (kPage * HEAD_DIM)) : 1.0f;
 }
 
-// Fits the keys x of the warp's channels and writes them; leaves <u, u_hat> in `found`.
-__device__ inline void pack_keys(u8* page, float* found, float (&x)[kTiles][2][4],
-                                 const float* inverse, int warp, int lane) {
+// Brings a tile of keys to a root mean square of one and hands them over, as [channel, slot].
+__device__ inline void hand_over(Shared& shared, const float (&x)[kKeyBlocks][2][4],
+                                 float mean_square, int tile, int lane) {
+  const int r = lane / 4, c = lane % 4;
+  float factor[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int slot = 16 * tile + i / 2 * 8 + 2 * c + i % 2;
+    const float squares = shared.squares[slot];
+    const float product = squares > 0.0f ? squares * mean_square : mean_square;
+    float scale = product * inverse_root(larger(product, kTiny));
+    scale = smaller(larger(scale, kSmallestHalf), kLargestHalf);
+    scale = low_f16(pack_f16(scale, scale));
+    const float inverse = reciprocal(scale);
+    factor[i] = ROTATION_UNIT * inverse;
+    if (r == 0) shared.scale[slot] = scale, shared.wanted[slot] = squares * inverse * inverse;
+  }
+  Pairs pairs[kKeyBlocks];
+  narrow(x, factor, pairs);
+#pragma unroll
+  for (int i = 0; i < 4 * kKeyBlocks; ++i) {
+    const int h = i / 2 % 2, channel = i / 4 * 16 + 2 * r + i % 2;
+    u8* target = shared.keys + channel * pitch(kPage) + 2 * (16 * tile + 8 * h + 2 * c);
+    *reinterpret_cast<u32*>(target) = pairs[i / 4][h][i % 2];
+  }
+}
+
+// Fits 16 channels of all keys, [channel, slot], and writes them; leaves <u, u_hat> in `found`.
+__device__ inline void pack_keys(u8* page, const u8* keys, float* found, int first_channel,
+                                 int lane) {
   using Groups = KeyGroups;
-  constexpr int kGroups = Groups::kGroups, kPairs = kGroups / 2;
+  constexpr int kGroups = Groups::kGroups, kColumns = kGroups / 2;
   constexpr float kHalfLevels = 0.5f * ((1 << Groups::kBits) - 1);
   const int r = lane / 4, c = lane % 4;
-  const int channel = 16 * warp + 2 * r;
-  float mean[kGroups] = {};
+  const u32 identity = identity_operand(lane);
+  // As `a_row`, but channel 2 r in row r and 2 r + 1 in row r + 8.
+  const u8* rows = keys + (first_channel + lane % 8 * 2 + lane / 8 % 2) * pitch(kPage) + lane / 16 * 16;
+  Pairs x[kTiles], centred[kTiles], codes[kTiles];
+  Sums<Groups> sums, square_sums, code_sums, products;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    const auto four = load_matrices(rows + 32 * t);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[t][i / 2][i % 2] = four.at[i];
+    sums.add(x[t], identity);
+  }
+  // Less their mean as float16 has it; `rest` is what then remains of it.
+  float mean[kGroups], rest[kGroups], squares[kGroups], low[kGroups], high[kGroups];
+  sums.finish(mean);
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) mean[i] *= 1.0f / Groups::kCount;
+  u32 rounded_mean[2];
+  pack_groups<Groups>(mean, rounded_mean);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    rest[Groups::of(i, 0)] = mean[Groups::of(i, 0)] - low_f16(rounded_mean[i]);
+    rest[Groups::of(i, 1)] = mean[Groups::of(i, 1)] - high_f16(rounded_mean[i]);
+  }
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const auto factors = load<2>(inverse + 16 * t + 8 * h + 2 * c);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        x[t][h][e] *= as_float(factors.at[e % 2]);
-        mean[Groups::of(h, e)] += x[t][h][e];
-      }
-    }
+    for (int i = 0; i < 4; ++i)
+      centred[t][i / 2][i % 2] =
+          multiply_add(x[t][i / 2][i % 2], kOne, rounded_mean[i % 2] ^ 0x80008000u);
+    square_sums.add_products(centred[t], centred[t], identity);
   }
-  sum_lanes<Groups>(mean);
+  square_sums.finish(squares);
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) mean[i] *= 1.0f / Groups::kCount;
-  const auto line = fit<Groups>(x, mean);
-  const auto codes = encode<Groups>(x, line);
+  for (int i = 0; i < kGroups; ++i)
+    squares[i] = larger(squares[i] - Groups::kCount * rest[i] * rest[i], 0.0f);
+  extrema<Groups>(centred, low, high);
+  choose_codes<Groups>(centred, rest, squares, low, high, codes);
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    code_sums.add(codes[t], identity);
+    products.add_products(centred[t], codes[t], identity);
+  }
+  float sum[kGroups], product[kGroups];
+  code_sums.finish(sum);
+  products.finish(product);
 
-  // Grids as they will be read; groups k and k + kPairs are those of neighbouring channels.
+  // Grids as they will be read.
   float step[kGroups], zero[kGroups];
 #pragma unroll
-  for (int k = 0; k < kPairs; ++k) {
+  for (int j = 0; j < kColumns; ++j) {
     float scale[2], middle[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int group = k + i * kPairs;
-      scale[i] =
-          unbiased_scale(line.squares[group], codes.products[group] - mean[group] * codes.sum[group]);
+      const int group = Groups::of(i, j);
+      scale[i] = unbiased_scale(squares[group], product[group] - rest[group] * sum[group]);
     }
     const u32 scales = pack_e4m3(scale[0], scale[1]), steps = low_e4m3(scales);
-    step[k] = low_f16(steps), step[k + kPairs] = high_f16(steps);
+    step[Groups::of(0, j)] = low_f16(steps), step[Groups::of(1, j)] = high_f16(steps);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int group = k + i * kPairs;
-      const float mean_code = codes.sum[group] * (1.0f / Groups::kCount);
+      const int group = Groups::of(i, j);
+      const float mean_code = sum[group] * (1.0f / Groups::kCount);
       middle[i] = mean[group] - step[group] * (mean_code - kHalfLevels);
     }
     const u32 centres = pack_e4m3(middle[0], middle[1]), rounded = low_e4m3(centres);
-    zero[k] = low_f16(rounded) - step[k] * kHalfLevels;
-    zero[k + kPairs] = high_f16(rounded) - step[k + kPairs] * kHalfLevels;
-    if (32 * c % KEY_GROUP == 0 || KEY_GROUP == 16) {
-      const int entry = (32 * c / KEY_GROUP + k) * HEAD_DIM + channel;
+    zero[Groups::of(0, j)] = low_f16(rounded) - step[Groups::of(0, j)] * kHalfLevels;
+    zero[Groups::of(1, j)] = high_f16(rounded) - step[Groups::of(1, j)] * kHalfLevels;
+    if (KEY_GROUP == 16 || 32 * c % KEY_GROUP == 0) {
+      const int entry = (32 * c / KEY_GROUP + j) * HEAD_DIM + first_channel + 2 * r;
       *reinterpret_cast<u16*>(page + KEY_SCALE + entry) = static_cast<u16>(scales);
       *reinterpret_cast<u16*>(page + KEY_CENTRE + entry) = static_cast<u16>(centres);
     }
@@ -255,42 +325,39 @@ __device__ inline void pack_keys(u8* page, float* found, float (&x)[kTiles][2][4
 #pragma unroll
   for (int set = 0; set < KEY_SETS; ++set) {
     float words[kTiles / 4][4];
-    join_planes<Groups::kBits>(codes.at, set, lane, words);
+    join_planes<Groups::kBits>(codes, set, lane, words);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int word = 16 * set + 8 * (i / 2) + 2 * c + i % 2;
-      *reinterpret_cast<u32*>(page + KEY_CODES + 2 * (word * HEAD_DIM + channel)) =
+      *reinterpret_cast<u32*>(page + KEY_CODES + 2 * (word * HEAD_DIM + first_channel + 2 * r)) =
           pack_integers(words[i / 2][i % 2], words[i / 2][i % 2 + 2]);
     }
   }
 
-  // Products of pairs of float16, over kUnit so that they fit, and summed by the matrix unit:
-  // row 2 t + h of the sum, whose column is the slot, takes what a transpose makes of x[t][h].
+  // Products over kUnit, so that they fit float16, summed over channels by the matrix unit: row
+  // 2 t + h of the sum, whose column is the slot, takes what a transpose makes of those of x[t][h].
   constexpr float kUnit = 16.0f;
   u32 steps[2], zeros[2];
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const int one = Groups::of(0, 2 * row), other = Groups::of(0, 2 * row + 1);
-    steps[row] = pack_f16(step[one] / kUnit, step[other] / kUnit);
-    zeros[row] = pack_f16(zero[one] / kUnit, zero[other] / kUnit);
-  }
-  float sums[4] = {};
+  for (int i = 0; i < kGroups; ++i) step[i] *= 1.0f / kUnit, zero[i] *= 1.0f / kUnit;
+  pack_groups<Groups>(step, steps);
+  pack_groups<Groups>(zero, zeros);
+  float total[4] = {};
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
-    u32 products[2];
+    u32 read[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const u32 first = multiply_add(codes.at[t][h][0], steps[0], zeros[0]);
-      const u32 second = multiply_add(codes.at[t][h][1], steps[1], zeros[1]);
-      const u32 sum = multiply(codes.numbers[t][h][0], first);
-      products[h] = transpose(multiply_add(codes.numbers[t][h][1], second, sum));
+      const u32 first = multiply(x[t][h][0], multiply_add(codes[t][h][0], steps[0], zeros[0]));
+      const u32 second = multiply_add(codes[t][h][1], steps[1], zeros[1]);
+      read[h] = transpose(multiply_add(x[t][h][1], second, first));
     }
     const u32 first = r == 2 * t % 8 ? kOne : 0, second = r == 2 * t % 8 + 1 ? kOne : 0;
-    mma_f16(sums, t < 4 ? first : 0, t < 4 ? 0 : first, t < 4 ? second : 0, t < 4 ? 0 : second,
-            products[0], products[1]);
+    mma_f16(total, t < 4 ? first : 0, t < 4 ? 0 : first, t < 4 ? second : 0, t < 4 ? 0 : second,
+            read[0], read[1]);
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) found[8 * r + 64 * (i / 2) + 2 * c + i % 2] = sums[i] * kUnit;
+  for (int i = 0; i < 4; ++i) found[8 * r + 64 * (i / 2) + 2 * c + i % 2] = total[i] * kUnit;
 }
 
 // The token scale of a slot that makes <k, k_hat> what <k, k> is.
@@ -310,7 +377,7 @@ __device__ inline u32 unit_exponent(const float (&peaks)[kTiles]) {
   float peak = 0.0f;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) peak = larger(peak, peaks[i]);
-  peak *= kSignUnit * VALUE_ROTATION_UNIT / VALUE_PEAK;
+  peak *= VALUE_ROTATION_UNIT / VALUE_PEAK;
   const int exponent = as_bits(peak) + 0x7fffff >> 23;
   constexpr int kLow = 127 - VALUE_UNIT_RANGE, kHigh = 127 + VALUE_UNIT_RANGE;
   return exponent < kLow ? kLow : exponent > kHigh ? kHigh : exponent;
@@ -332,41 +399,42 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
     const int page_id = a.page_ids[n / HEADS];
     next = place_of(a, n + a.blocks);
     PackedValues values[kMine];
+    float keys[kMine][kKeyBlocks][2][4];
+    wait_for_copies<1>();
+    sync_warp();
+#pragma unroll
+    for (int i = 0; i < kMine; ++i)
+      values[i] = pack_values(
+          shared.values + 16 * (warp + i * kWarps) * pitch(VALUE_DIM), lane);
+    sync_warp();
+    fetch<VALUE_DIM>(shared.values, a.values, a.value_strides, next, warp, lane);
     wait_for_copies<1>();
     sync_warp();
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const int tile = warp + i * kWarps;
-      float mean[4], x[kValueBlocks][2][4];
-      value_means(shared.values, tile, lane, mean);
-      rotate_values(shared.values, tile, lane, x);
-      if (i == kMine - 1) {
-        sync_warp();
-        fetch<VALUE_DIM>(shared.values, a.values, a.value_strides, next, warp, lane);
-      }
-      values[i] = pack_values(x, mean, lane);
+      float squares[4];
+      rotate<HEAD_DIM, false>(shared.keys + 16 * tile * pitch(HEAD_DIM), lane, keys[i], squares);
+      announce(shared, keys[i], squares, values[i], tile, lane);
     }
-    wait_for_copies<1>();
-    sync_warp();
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) weigh(shared, values[i], warp + i * kWarps, lane);
     sync_block();
 
-    if (thread() < kPage) scale_token(shared, thread(), lane);
     const u32 exponent = unit_exponent(shared.peaks);
     if (thread() == 0) *reinterpret_cast<u32*>(shared.page + VALUE_UNIT) = exponent << 23;
-    const float unit = kSignUnit * VALUE_ROTATION_UNIT * as_float((254 - exponent) << 23);
+    const float unit = VALUE_ROTATION_UNIT * as_float((254 - exponent) << 23);
+    const float mean_square = mean_square_of_units(shared, lane);
 #pragma unroll
-    for (int i = 0; i < kMine; ++i)
-      write_values(shared.page, values[i], unit, warp + i * kWarps, lane);
-    float x[kTiles][2][4];
-    rotate_keys(shared.keys, warp, lane, x);
+    for (int i = 0; i < kMine; ++i) {
+      const int tile = warp + i * kWarps;
+      hand_over(shared, keys[i], mean_square, tile, lane);
+      write_values(shared.page, values[i], unit, tile, lane);
+    }
+    sync_block();
+
+    pack_keys(shared.page, shared.keys, shared.found[warp], 16 * warp, lane);
     sync_block();
 
     fetch<HEAD_DIM>(shared.keys, a.keys, a.key_strides, next, warp, lane);
-    pack_keys(shared.page, shared.found[warp], x, shared.inverse, warp, lane);
-    sync_block();
-
     u8* page = a.pool + (static_cast<i64>(page_id) * HEADS + n % HEADS) * PAGE_BYTES;
     for (int i = 16 * thread(); i < PAGE_BYTES; i += 16 * 32 * kWarps)
       if (i < TOKEN_SCALE || i >= TOKEN_SCALE + 2 * kPage)

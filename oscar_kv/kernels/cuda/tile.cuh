@@ -11,8 +11,8 @@ constexpr int kPage = 128;  // tokens, or slots
 constexpr int kTiles = kPage / 16;
 constexpr int kKeyBlocks = HEAD_DIM / 16, kValueBlocks = VALUE_DIM / 16;  // of 16 channels
 
-// Bytes from row to row: 16 more than they need, so that 8 rows of a matrix lie in different banks.
-__device__ constexpr int pitch(int channels) { return 2 * channels + 16; }
+// Bytes from row to row: 16 more than needed, so that 8 rows of a matrix lie in different banks.
+__device__ constexpr int pitch(int numbers) { return 2 * numbers + 16; }
 
 // Whether an odd number of three bits are set: the sign of a Hadamard matrix at i & j.
 __device__ constexpr bool odd(int bits) { return (bits ^ bits >> 1 ^ bits >> 2) & 1; }
@@ -30,94 +30,58 @@ __device__ inline void copy_tile(u8* rows, const u16* states, i64 stride, int ti
     copy_async(rows + i * pitch(kChannels), states + (16 * (i % 8) + i / 8) * stride);
 }
 
-// Where the row lies that a lane has to name for `load_matrices`: these are then slots 0 .. 7 by
-// channels 0 .. 7 and 8 .. 15, and slots 8 .. 15 by the same.
-template <int kChannels>
-__device__ inline const u8* row_of_lane(const u8* rows, int lane) {
-  return rows + (lane / 16 * 8 + lane % 8) * pitch(kChannels) + lane / 8 % 2 * 16;
+// Where a lane's row for `load_matrices` begins, so that it loads a 16 x 16 operand a, or b[2].
+__device__ inline const u8* a_row(const u8* rows, int pitch, int lane) {
+  return rows + lane % 16 * pitch + lane / 16 * 16;
+}
+__device__ inline const u8* b_row(const u8* rows, int pitch, int lane) {
+  return rows + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16;
 }
 
-// The Hadamard matrix of order 16 as an operand, over kSignUnit. Rows r and r + 8 are channels 2 r
-// and 2 r + 1: neighbours in memory, in one lane.
-constexpr float kSignUnit = 16.0f;  // squares of values from 1e-18 to 1e18 then fit float32
-constexpr u32 kNegative = 0x80008000u;
-struct Signs {
-  u32 at[4];
-};
-__device__ inline Signs hadamard_signs(int lane) {
+// All channels of a tile, rotated but for the factor kChannels**-0.5: number e of x[b][h] is channel
+// 16 b + 2 r + e / 2 of slot 8 h + 2 c + e % 2. And the squared norms before that, of slots 8 (i / 2) + 2 c +
+// i % 2 of the tile: the diagonal of a product of the states with themselves.
+//
+// `centred`: less the mean over channels, also in the norms. The mean is channel 0 before the
+// rotation, the only one whose sign never changes: leaving that out subtracts it, exactly.
+template <int kChannels, bool kCentred>
+__device__ inline void rotate(const u8* rows, int lane, float (&x)[kChannels / 16][2][4],
+                              float (&squares)[4]) {
+  constexpr int kBlocks = kChannels / 16;
+  constexpr u32 kNegative = 0x80008000u;
   const int r = lane / 4, c = lane % 4;
-  const u32 first = pack_states(1.0f / kSignUnit, 1.0f / kSignUnit) ^ (odd(r & c) ? kNegative : 0);
-  const u32 second = first ^ (r & 4 ? kNegative : 0);  // columns 8 further on
-  return {first, first ^ 0x80000000u, second, second ^ 0x80000000u};
-}
-__device__ inline Signs times_sign(Signs signs, bool negative) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) signs.at[i] ^= negative ? kNegative : 0;
-  return signs;
-}
-__device__ inline void multiply_states(float (&sum)[4], const Signs& a, u32 b0, u32 b1) {
-  mma_states(sum, a.at[0], a.at[1], a.at[2], a.at[3], b0, b1);
-}
-
-// Channels 16 block .. + 15 of all keys: x[t][h] has slots 8 h .. 8 h + 7 of tile t.
-__device__ inline void rotate_keys(const u8* rows, int block, int lane,
-                                   float (&x)[kTiles][2][4]) {
-  const u8* mine = row_of_lane<HEAD_DIM>(rows, lane);
-  const Signs signs = hadamard_signs(lane);
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[t][i / 4][i % 4] = 0.0f;
-#pragma unroll
-  for (int j = 0; j < kKeyBlocks; ++j) {
-    const Signs signed_ones = times_sign(signs, odd(block & j));
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const auto keys = load_matrices(mine + 16 * t * pitch(HEAD_DIM) + 32 * j);
-      multiply_states(x[t][0], signed_ones, keys.at[0], keys.at[1]);
-      multiply_states(x[t][1], signed_ones, keys.at[2], keys.at[3]);
-    }
-  }
-}
-
-// All channels of the values of a tile, less their mean: x[b][h] has channels 16 b .. 16 b + 15 of
-// slots 8 h .. 8 h + 7. The mean over channels is channel 0 before the rotation, the only one whose
-// sign never changes, so leaving that out subtracts it exactly.
-__device__ inline void rotate_values(const u8* rows, int tile, int lane,
-                                     float (&x)[kValueBlocks][2][4]) {
-  const u8* mine = row_of_lane<VALUE_DIM>(rows + 16 * tile * pitch(VALUE_DIM), lane);
-  const Signs signs = hadamard_signs(lane);
-#pragma unroll
-  for (int b = 0; b < kValueBlocks; ++b)
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[b][i / 4][i % 4] = 0.0f;
-#pragma unroll
-  for (int j = 0; j < kValueBlocks; ++j) {
-    auto values = load_matrices(mine + 32 * j);
-    if (j == 0 && lane % 4 == 0) values.at[0] &= 0xffff0000u, values.at[2] &= 0xffff0000u;
-#pragma unroll
-    for (int b = 0; b < kValueBlocks; ++b) {
-      const Signs signed_ones = times_sign(signs, odd(b & j));
-      multiply_states(x[b][0], signed_ones, values.at[0], values.at[1]);
-      multiply_states(x[b][1], signed_ones, values.at[2], values.at[3]);
-    }
-  }
-}
-
-// Squared norms of the keys of a tile: of slots r and r + 8, in lanes 4 r + r / 2 only. They are the
-// diagonal of a product with the same keys.
-__device__ inline void key_squares(const u8* rows, int tile, int lane, float (&squares)[2]) {
-  rows += 16 * tile * pitch(HEAD_DIM);
-  const u8* columns = row_of_lane<HEAD_DIM>(rows, lane);
-  rows += lane % 16 * pitch(HEAD_DIM) + lane / 16 * 16;  // as the other operand needs them
+  // The Hadamard matrix of order 16. Row r is channel 2 r and row r + 8 the one after it, so that
+  // neighbours in memory are in one lane.
+  const u32 first = pack_states(1.0f, 1.0f) ^ (odd(r & c) ? kNegative : 0);
+  const u32 last = first ^ (r & 4 ? kNegative : 0);  // columns 8 further on
+  const u32 signs[4] = {first, first ^ 0x80000000u, last, last ^ 0x80000000u};
+  const u8 *a = a_row(rows, pitch(kChannels), lane), *b = b_row(rows, pitch(kChannels), lane);
   float low[4] = {}, high[4] = {};
 #pragma unroll
-  for (int j = 0; j < kKeyBlocks; ++j) {
-    const auto a = load_matrices(rows + 32 * j), b = load_matrices(columns + 32 * j);
-    mma_states(low, a.at[0], a.at[1], a.at[2], a.at[3], b.at[0], b.at[1]);
-    mma_states(high, a.at[0], a.at[1], a.at[2], a.at[3], b.at[2], b.at[3]);
+  for (int i = 0; i < 8 * kBlocks; ++i) x[i / 8][i / 4 % 2][i % 4] = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+    auto these = load_matrices(a + 32 * j), states = load_matrices(b + 32 * j);
+    if (kCentred && j == 0 && c == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) these.at[i] &= 0xffff0000u, states.at[2 * i] &= 0xffff0000u;
+    }
+    mma_states(low, these.at[0], these.at[1], these.at[2], these.at[3], states.at[0], states.at[1]);
+    mma_states(high, these.at[0], these.at[1], these.at[2], these.at[3], states.at[2],
+               states.at[3]);
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k) {
+      const u32 sign = odd(j & k) ? kNegative : 0;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        mma_states(x[k][h], signs[0] ^ sign, signs[1] ^ sign, signs[2] ^ sign, signs[3] ^ sign,
+                   states.at[2 * h], states.at[2 * h + 1]);
+    }
   }
-  const bool second = lane / 4 % 2;
-  squares[0] = second ? low[1] : low[0];
-  squares[1] = second ? high[3] : high[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int from = 4 * (2 * c + i) + c;
+    squares[i] = as_float(shuffle(as_bits(low[i]), from));
+    squares[2 + i] = as_float(shuffle(as_bits(high[2 + i]), from));
+  }
 }

@@ -106,6 +106,22 @@ __device__ inline u32 multiply_add(u32 a, u32 b, u32 c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
   return out;
 }
+// a b + c within 0 .. 1; 0 instead of NaN.
+__device__ inline u32 multiply_add_share(u32 a, u32 b, u32 c) {
+  u32 out;
+  asm("fma.rn.sat.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
+__device__ inline u32 larger_pair(u32 a, u32 b) {
+  u32 out;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+__device__ inline u32 smaller_pair(u32 a, u32 b) {
+  u32 out;
+  asm("min.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
 __device__ inline u32 pack_f16(float low, float high) {
   u32 out;
   asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(out) : "f"(low), "f"(high));
@@ -207,12 +223,6 @@ __device__ inline float reciprocal(float x) { return __fdividef(1.0f, x); }
 __device__ inline float inverse_root(float x) {
   float out;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-}
-// a b + c within 0 .. 1; 0 instead of NaN.
-__device__ inline float share(float a, float b, float c) {
-  float out;
-  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(out) : "f"(a), "f"(b), "f"(c));
   return out;
 }
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
