@@ -150,6 +150,17 @@ def test_values_too_large_for_a_fit_are_stored_as_zeros() -> None:
 
 
 @needs_compiler
+def test_keys_too_large_for_their_scale_stay_finite() -> None:
+    """`check_finite` refuses them; without it they cost their page's accuracy, and no more."""
+    layout = PageLayout(OscarConfig(), 64, 1)
+    keys, values = page_states("gaussian", 2, 1, 64, 64, torch.bfloat16)
+    keys[0, 0, 7] *= 1e12
+    read, _ = codec.decode_pages(pack(pack_into, keys, values, layout), layout)
+    assert read.isfinite().all()
+    assert relative_error(read[1], keys[1].float()) < 0.5
+
+
+@needs_compiler
 def test_groups_that_do_not_vary() -> None:
     layout = PageLayout(OscarConfig(), 64, 1)
     keys, values = page_states("gaussian", 1, 1, 64, 64, torch.bfloat16)

@@ -79,7 +79,7 @@ def pack_program(layout: PageLayout, dtype: torch.dtype) -> Program:
     config = layout.config
     warps = layout.head_dim // TILE
     rows = sum(2 * channels + 16 for channels in (layout.head_dim, layout.value_dim))
-    # States, the page, and float32: for a token one of each warp and three of the page, and the peaks.
+    # States, the page, and float32: for a token one of each warp and three more, and the peaks.
     floats = PAGE_TOKENS * (warps + 3) + PAGE_TOKENS // TILE
     memory = PAGE_TOKENS * rows + layout.page_bytes + 4 * floats
     constants = {

@@ -28,6 +28,21 @@ struct ValueGroups {
   __device__ static constexpr int of(int h, int j) { return 2 * h + j; }
 };
 
+__device__ inline bool finite(float x) { return x < as_float(0x7f800000u); }  // of x >= 0 or NaN
+
+// Products as pairs of float16, times a factor for each slot.
+template <int kBlocks>
+__device__ inline void narrow(const float (&x)[kBlocks][2][4], const float (&factor)[4],
+                              Pairs (&out)[kBlocks]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kBlocks; ++i) {
+    const int h = i / 2 % 2, row = i % 2;
+    const float(&from)[4] = x[i / 4][h];
+    out[i / 4][h][row] =
+        pack_f16(from[2 * row] * factor[2 * h], from[2 * row + 1] * factor[2 * h + 1]);
+  }
+}
+
 // Joins what the lanes of a group have found.
 template <class Groups>
 __device__ inline void sum_lanes(float (&x)[Groups::kGroups]) {
@@ -40,7 +55,7 @@ __device__ inline u32 shuffle_pair(u32 pair, int mask) {
   return as_bits(shuffle_xor(as_float(pair), mask));
 }
 
-// The pairs (of groups of(i, 0) and of(i, 1)) in float16, limited to what that holds.
+// The pairs of groups of(i, 0) and of(i, 1), in float16.
 template <class Groups>
 __device__ inline void pack_groups(const float (&x)[Groups::kGroups], u32 (&pairs)[2]) {
 #pragma unroll

@@ -11,7 +11,8 @@
 // stored as zeros.
 //
 // Constants in capitals come from the page layout (cuda_pack.py).
-#include <fit.cuh>
+#include <pack_keys.cuh>
+#include <pack_values.cuh>
 
 struct Arguments {
   u8* pool;
@@ -28,7 +29,6 @@ struct Arguments {
 constexpr int kWarps = kKeyBlocks;
 constexpr int kMine = kTiles / kWarps;  // tiles of a warp
 constexpr float kLargestHalf = 65504.0f, kSmallestHalf = 0x1p-24f;
-__device__ inline bool finite(float x) { return x < as_float(0x7f800000u); }  // of x >= 0 or NaN
 
 struct alignas(16) Shared {
   u8 keys[kPage * pitch(HEAD_DIM)];  // [slot, channel], then [channel, slot]
@@ -42,19 +42,6 @@ struct alignas(16) Shared {
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "cuda_pack.py counts otherwise");
 static_assert(HEAD_DIM * pitch(kPage) <= sizeof(Shared::keys), "keys change hands in place");
-
-// What is kept of a tile of values until the largest value of the page is known.
-struct PackedValues {
-  u32 words[VALUE_SETS][kValueBlocks / 4][2];  // of block 4 i + c, channel 2 r or 2 r + 1, 2 tokens
-  float largest[4];  // of slot 8 (i / 2) + 2 c + i % 2; not finite where the token is not
-  float scale, mean, mean_code;  // of slot i = r % 4
-};
-
-// One of four, by two bits.
-__device__ inline float pick(const float (&x)[4], int which) {
-  const float low = which & 1 ? x[1] : x[0], high = which & 1 ? x[3] : x[2];
-  return which & 2 ? high : low;
-}
 
 // Which tokens a block takes; `exists` unless there are no more.
 struct Place {
@@ -77,77 +64,6 @@ __device__ inline void fetch(u8* rows, const u16* states, const i64 (&strides)[3
       copy_tile<kChannels>(rows, states, strides[2], warp + i * kWarps, lane);
   }
   commit_copies();
-}
-
-// Products as pairs of float16, times a factor for each slot.
-template <int kBlocks>
-__device__ inline void narrow(const float (&x)[kBlocks][2][4], const float (&factor)[4],
-                              Pairs (&out)[kBlocks]) {
-#pragma unroll
-  for (int i = 0; i < 4 * kBlocks; ++i) {
-    const int h = i / 2 % 2, row = i % 2;
-    const float(&from)[4] = x[i / 4][h];
-    out[i / 4][h][row] =
-        pack_f16(from[2 * row] * factor[2 * h], from[2 * row + 1] * factor[2 * h + 1]);
-  }
-}
-
-// Rotates and fits the values of a tile.
-__device__ inline PackedValues pack_values(const u8* rows, int lane) {
-  using Groups = ValueGroups;
-  const int r = lane / 4, c = lane % 4;
-  float mean[4], squares[4], factor[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int slot = i / 2 * 8 + 2 * c + i % 2;
-    mean[i] = to_float(*reinterpret_cast<const u16*>(rows + slot * pitch(VALUE_DIM)));
-  }
-  Pairs x[kValueBlocks], codes[kValueBlocks];
-  {
-    float rotated[kValueBlocks][2][4];
-    rotate<VALUE_DIM, true>(rows, lane, rotated, squares);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) factor[i] = inverse_root(larger(squares[i], kTiny));
-    narrow(rotated, factor, x);
-  }
-  const float none[4] = {};  // the mean has been subtracted
-  float low[4], high[4], count[4];
-  extrema<Groups>(x, low, high);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) count[i] = VALUE_DIM;
-  choose_codes<Groups>(x, none, count, low, high, codes);
-  Sums<Groups> code_sums, products;
-#pragma unroll
-  for (int b = 0; b < kValueBlocks; ++b) {
-    code_sums.add(codes[b], 0);
-    products.add_products(x[b], codes[b], 0);
-  }
-  float sum[4], covariance[4];
-  code_sums.finish(sum);
-  products.finish(covariance);
-
-  PackedValues out;
-#pragma unroll
-  for (int set = 0; set < VALUE_SETS; ++set) {
-    float words[kValueBlocks / 4][4];
-    join_planes<Groups::kBits>(codes, set, lane, words);
-#pragma unroll
-    for (int i = 0; i < kValueBlocks / 4; ++i) {
-      out.words[set][i][0] = pack_integers(words[i][0], words[i][1]);
-      out.words[set][i][1] = pack_integers(words[i][2], words[i][3]);
-    }
-  }
-  float norm[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    norm[i] = squares[i] * factor[i];
-    const float largest = larger(high[i] * norm[i] + mean[i], -(low[i] * norm[i] + mean[i]));
-    out.largest[i] = finite(squares[i]) ? largest : squares[i];
-  }
-  out.scale = pick(norm, r) * unbiased_scale(VALUE_DIM, pick(covariance, r));
-  out.mean = pick(mean, r);
-  out.mean_code = pick(sum, r) * (1.0f / VALUE_DIM);
-  return out;
 }
 
 // Tells all warps of a tile's keys and values. A token of which one or the other is not finite gets
@@ -181,28 +97,6 @@ __device__ inline void announce(Shared& shared, float (&keys)[kKeyBlocks][2][4],
   }
 }
 
-__device__ inline void write_values(u8* page, const PackedValues& values, float unit, int tile,
-                                    int lane) {
-  const int r = lane / 4, c = lane % 4;
-  if (r < 4) {
-    const int slot = 16 * tile + r / 2 * 8 + 2 * c + r % 2;
-    const u32 scale = pack_e4m3(values.scale * unit, 0.0f);
-    const float step = low_f16(low_e4m3(scale));
-    const float excess = values.mean_code - 0.5f * ((1 << 2 * VALUE_SETS) - 1);
-    const u32 centre = pack_e4m3(0.0f, values.mean * unit - step * excess);
-    *reinterpret_cast<u16*>(page + VALUE_GRID + 2 * slot) = static_cast<u16>(scale | centre);
-  }
-#pragma unroll
-  for (int set = 0; set < VALUE_SETS; ++set) {
-#pragma unroll
-    for (int i = 0; i < 2 * (kValueBlocks / 4); ++i) {
-      const int block = set * kValueBlocks + i / 2 * 4 + c, channel = 2 * r + i % 2;
-      u8* target = page + VALUE_CODES + 2 * ((16 * block + channel) * 16 + 2 * tile);
-      *reinterpret_cast<u32*>(target) = values.words[set][i / 2][i % 2];
-    }
-  }
-}
-
 // Mean square of the page's keys, once each is brought to a norm of one and unless it is zeros.
 __device__ inline float mean_square_of_units(const Shared& shared, int lane) {
   const auto squares = load<4>(shared.squares + 4 * lane);
@@ -217,6 +111,9 @@ __device__ inline float mean_square_of_units(const Shared& shared, int lane) {
 // Brings a tile of keys to a root mean square of one and hands them over, as [channel, slot].
 __device__ inline void hand_over(Shared& shared, const float (&x)[kKeyBlocks][2][4],
                                  float mean_square, int tile, int lane) {
+  // The norm of a key is at most that, unless its scale is beyond float16: then it is cut, so that
+  // the square of no deviation leaves float16.
+  constexpr float kMost = 126.0f;
   const int r = lane / 4, c = lane % 4;
   float factor[4];
 #pragma unroll
@@ -227,9 +124,10 @@ __device__ inline void hand_over(Shared& shared, const float (&x)[kKeyBlocks][2]
     float scale = product * inverse_root(larger(product, kTiny));
     scale = smaller(larger(scale, kSmallestHalf), kLargestHalf);
     scale = low_f16(pack_f16(scale, scale));
-    const float inverse = reciprocal(scale);
+    const float inverse = reciprocal(scale), wanted = squares * inverse * inverse;
     factor[i] = ROTATION_UNIT * inverse;
-    if (r == 0) shared.scale[slot] = scale, shared.wanted[slot] = squares * inverse * inverse;
+    if (wanted > kMost * kMost) factor[i] *= kMost * inverse_root(wanted);
+    if (r == 0) shared.scale[slot] = scale, shared.wanted[slot] = smaller(wanted, kMost * kMost);
   }
   Pairs pairs[kKeyBlocks];
   narrow(x, factor, pairs);
@@ -239,125 +137,6 @@ __device__ inline void hand_over(Shared& shared, const float (&x)[kKeyBlocks][2]
     u8* target = shared.keys + channel * pitch(kPage) + 2 * (16 * tile + 8 * h + 2 * c);
     *reinterpret_cast<u32*>(target) = pairs[i / 4][h][i % 2];
   }
-}
-
-// Fits 16 channels of all keys, [channel, slot], and writes them; leaves <u, u_hat> in `found`.
-__device__ inline void pack_keys(u8* page, const u8* keys, float* found, int first_channel,
-                                 int lane) {
-  using Groups = KeyGroups;
-  constexpr int kGroups = Groups::kGroups, kColumns = kGroups / 2;
-  constexpr float kHalfLevels = 0.5f * ((1 << Groups::kBits) - 1);
-  const int r = lane / 4, c = lane % 4;
-  const u32 identity = identity_operand(lane);
-  // As `a_row`, but channel 2 r in row r and 2 r + 1 in row r + 8.
-  const u8* rows = keys + (first_channel + lane % 8 * 2 + lane / 8 % 2) * pitch(kPage) + lane / 16 * 16;
-  Pairs x[kTiles], centred[kTiles], codes[kTiles];
-  Sums<Groups> sums, square_sums, code_sums, products;
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    const auto four = load_matrices(rows + 32 * t);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[t][i / 2][i % 2] = four.at[i];
-    sums.add(x[t], identity);
-  }
-  // Less their mean as float16 has it; `rest` is what then remains of it.
-  float mean[kGroups], rest[kGroups], squares[kGroups], low[kGroups], high[kGroups];
-  sums.finish(mean);
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) mean[i] *= 1.0f / Groups::kCount;
-  u32 rounded_mean[2];
-  pack_groups<Groups>(mean, rounded_mean);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    rest[Groups::of(i, 0)] = mean[Groups::of(i, 0)] - low_f16(rounded_mean[i]);
-    rest[Groups::of(i, 1)] = mean[Groups::of(i, 1)] - high_f16(rounded_mean[i]);
-  }
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      centred[t][i / 2][i % 2] =
-          multiply_add(x[t][i / 2][i % 2], kOne, rounded_mean[i % 2] ^ 0x80008000u);
-    square_sums.add_products(centred[t], centred[t], identity);
-  }
-  square_sums.finish(squares);
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i)
-    squares[i] = larger(squares[i] - Groups::kCount * rest[i] * rest[i], 0.0f);
-  extrema<Groups>(centred, low, high);
-  choose_codes<Groups>(centred, rest, squares, low, high, codes);
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    code_sums.add(codes[t], identity);
-    products.add_products(centred[t], codes[t], identity);
-  }
-  float sum[kGroups], product[kGroups];
-  code_sums.finish(sum);
-  products.finish(product);
-
-  // Grids as they will be read.
-  float step[kGroups], zero[kGroups];
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
-    float scale[2], middle[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int group = Groups::of(i, j);
-      scale[i] = unbiased_scale(squares[group], product[group] - rest[group] * sum[group]);
-    }
-    const u32 scales = pack_e4m3(scale[0], scale[1]), steps = low_e4m3(scales);
-    step[Groups::of(0, j)] = low_f16(steps), step[Groups::of(1, j)] = high_f16(steps);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int group = Groups::of(i, j);
-      const float mean_code = sum[group] * (1.0f / Groups::kCount);
-      middle[i] = mean[group] - step[group] * (mean_code - kHalfLevels);
-    }
-    const u32 centres = pack_e4m3(middle[0], middle[1]), rounded = low_e4m3(centres);
-    zero[Groups::of(0, j)] = low_f16(rounded) - step[Groups::of(0, j)] * kHalfLevels;
-    zero[Groups::of(1, j)] = high_f16(rounded) - step[Groups::of(1, j)] * kHalfLevels;
-    if (KEY_GROUP == 16 || 32 * c % KEY_GROUP == 0) {
-      const int entry = (32 * c / KEY_GROUP + j) * HEAD_DIM + first_channel + 2 * r;
-      *reinterpret_cast<u16*>(page + KEY_SCALE + entry) = static_cast<u16>(scales);
-      *reinterpret_cast<u16*>(page + KEY_CENTRE + entry) = static_cast<u16>(centres);
-    }
-  }
-#pragma unroll
-  for (int set = 0; set < KEY_SETS; ++set) {
-    float words[kTiles / 4][4];
-    join_planes<Groups::kBits>(codes, set, lane, words);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int word = 16 * set + 8 * (i / 2) + 2 * c + i % 2;
-      *reinterpret_cast<u32*>(page + KEY_CODES + 2 * (word * HEAD_DIM + first_channel + 2 * r)) =
-          pack_integers(words[i / 2][i % 2], words[i / 2][i % 2 + 2]);
-    }
-  }
-
-  // Products over kUnit, so that they fit float16, summed over channels by the matrix unit: row
-  // 2 t + h of the sum, whose column is the slot, takes what a transpose makes of those of x[t][h].
-  constexpr float kUnit = 16.0f;
-  u32 steps[2], zeros[2];
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) step[i] *= 1.0f / kUnit, zero[i] *= 1.0f / kUnit;
-  pack_groups<Groups>(step, steps);
-  pack_groups<Groups>(zero, zeros);
-  float total[4] = {};
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    u32 read[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const u32 first = multiply(x[t][h][0], multiply_add(codes[t][h][0], steps[0], zeros[0]));
-      const u32 second = multiply_add(codes[t][h][1], steps[1], zeros[1]);
-      read[h] = transpose(multiply_add(x[t][h][1], second, first));
-    }
-    const u32 first = r == 2 * t % 8 ? kOne : 0, second = r == 2 * t % 8 + 1 ? kOne : 0;
-    mma_f16(total, t < 4 ? first : 0, t < 4 ? 0 : first, t < 4 ? second : 0, t < 4 ? 0 : second,
-            read[0], read[1]);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) found[8 * r + 64 * (i / 2) + 2 * c + i % 2] = total[i] * kUnit;
 }
 
 // The token scale of a slot that makes <k, k_hat> what <k, k> is.
@@ -404,8 +183,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
     sync_warp();
 #pragma unroll
     for (int i = 0; i < kMine; ++i)
-      values[i] = pack_values(
-          shared.values + 16 * (warp + i * kWarps) * pitch(VALUE_DIM), lane);
+      values[i] = pack_values(shared.values + 16 * (warp + i * kWarps) * pitch(VALUE_DIM), lane);
     sync_warp();
     fetch<VALUE_DIM>(shared.values, a.values, a.value_strides, next, warp, lane);
     wait_for_copies<1>();

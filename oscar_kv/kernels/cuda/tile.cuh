@@ -38,9 +38,9 @@ __device__ inline const u8* b_row(const u8* rows, int pitch, int lane) {
   return rows + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16;
 }
 
-// All channels of a tile, rotated but for the factor kChannels**-0.5: number e of x[b][h] is channel
-// 16 b + 2 r + e / 2 of slot 8 h + 2 c + e % 2. And the squared norms before that, of slots 8 (i / 2) + 2 c +
-// i % 2 of the tile: the diagonal of a product of the states with themselves.
+// All channels of a tile, rotated but for the factor kChannels**-0.5: number e of x[b][h] is
+// channel 16 b + 2 r + e / 2 of slot 8 h + 2 c + e % 2. And the squared norms before that, of slots
+// 8 (i / 2) + 2 c + i % 2: the diagonal of a product of the states with themselves.
 //
 // `centred`: less the mean over channels, also in the norms. The mean is channel 0 before the
 // rotation, the only one whose sign never changes: leaving that out subtracts it, exactly.

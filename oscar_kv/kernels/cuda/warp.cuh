@@ -54,8 +54,8 @@ __device__ inline void wait_for_copies() {  // all but the last kPending groups
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit numbers from shared memory, as `transpose` has one: lane 8 m + i tells
-// where the 16 bytes of row i of matrix m are.
+// Four 8x8 matrices of 16-bit numbers from shared memory, as `transpose` has one: lane 8 m + i
+// tells where the 16 bytes of row i of matrix m are.
 __device__ inline Words<4> load_matrices(const void* row) {
   Words<4> out;
   u32 address = static_cast<u32>(__cvta_generic_to_shared(row));
