@@ -27,6 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from oscar_kv import OscarConfig
+from oscar_kv.config import PRESETS
 from oscar_kv.kernels import triton_backend as backend
 from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.cuda_decode import combine_program, decode_program
@@ -62,10 +63,10 @@ CASES = {
     ],
 }
 
-CUDA_CASES = [  # preset, head size and warps that share a page
-    *(("compact", 128, team) for team in (1, 2, 4)),
-    *((preset, 128, team) for preset in ("quality", "paper", "high") for team in (1, 2, 4)),
-    ("compact", 64, 1),
+CUDA_CASES = [  # preset, head size, warps that share a page, whether blocks share all work
+    *((preset, 128, team, False) for preset in PRESETS for team in (1, 2, 4)),
+    ("compact", 64, 1, False),
+    ("compact", 128, 1, True),
 ]
 CUDA_PACK_CASES = [("compact", 128), ("quality", 128), ("high", 128), ("compact", 64)]
 
@@ -118,19 +119,21 @@ def compile_cuda(arch: int) -> dict[str, dict[str, Any]]:
         return measure(compile_program(program, f"sm_{arch}"), program.shared_memory)
 
     report = {}
-    for preset, head_dim, team in CUDA_CASES:
+    for preset, head_dim, team, streamed in CUDA_CASES:
         layout = PageLayout(OscarConfig.preset(preset), head_dim, KV_HEADS)
-        figures = compile_and_measure(decode_program(layout, torch.bfloat16, team))
+        figures = compile_and_measure(decode_program(layout, torch.bfloat16, team, streamed))
         instructions, _ = figures["loops"][0]  # of a warp, for its share of a page
         figures["slots_per_512_codes"] = round(team * instructions / (head_dim / 2), 1)
-        report[f"CUDA decode {preset} {head_dim}: team of {team}"] = figures
+        kind = ", streamed" if streamed else ""
+        report[f"CUDA decode {preset} {head_dim}: team of {team}{kind}"] = figures
     for preset, head_dim in CUDA_PACK_CASES:
         layout = PageLayout(OscarConfig.preset(preset), head_dim, KV_HEADS)
         program = pack_program(layout, torch.bfloat16)
         report[f"CUDA pack {preset} {head_dim}"] = compile_and_measure(program)
-    for value_dim in (64, 128):
-        program = combine_program(value_dim, torch.bfloat16)
-        report[f"CUDA combine {value_dim}"] = compile_and_measure(program)
+    for value_dim, streamed in ((64, False), (128, False), (128, True)):
+        program = combine_program(value_dim, torch.bfloat16, streamed)
+        kind = ", streamed" if streamed else ""
+        report[f"CUDA combine {value_dim}{kind}"] = compile_and_measure(program)
     return report
 
 

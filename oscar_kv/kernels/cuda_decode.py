@@ -58,7 +58,7 @@ class DecodeArguments(ctypes.Structure):
         ("owners", ctypes.c_int),
         ("rows", ctypes.c_int),
         ("num_queries", ctypes.c_int),
-        ("streamed", ctypes.c_int),
+        ("page_blocks", ctypes.c_int),
         ("page_parts", ctypes.c_int),
         ("page_slots", ctypes.c_int),
         ("dense_parts", ctypes.c_int),
@@ -104,15 +104,17 @@ class Plan:
     streamed: int = 0
     """Blocks that share all work evenly, whoever it belongs to."""
 
+    def page_blocks(self, owners: int) -> int:
+        """All but those of full-precision tokens alone; ``owners``: sequences times KV heads."""
+        return self.streamed or owners * self.page_parts
+
     def blocks(self, owners: int) -> int:
-        """Of all; ``owners`` are sequences times KV heads."""
-        return self.streamed or owners * (
-            self.page_parts + (self.dense_parts if self.dense_apart else 0)
-        )
+        """Of all."""
+        return self.page_blocks(owners) + (owners * self.dense_parts if self.dense_apart else 0)
 
     def page_slots(self, owners: int) -> int:
         """Partial results of pages. A streamed block has one for every owner that it works for."""
-        return self.streamed + owners if self.streamed else owners * self.page_parts
+        return self.page_blocks(owners) + (owners if self.streamed else 0)
 
 
 def unsupported(layout: PageLayout) -> str | None:
@@ -139,7 +141,9 @@ def takes(call: AttentionCall) -> bool:
 
 
 @lru_cache(maxsize=256)
-def decode_program(layout: PageLayout, dtype: torch.dtype, team: int) -> Program:
+def decode_program(
+    layout: PageLayout, dtype: torch.dtype, team: int, streamed: bool = False
+) -> Program:
     """The kernel that finds the parts; its constants come from the one definition of a page."""
     config = layout.config
     # A page up to its unit, and behind it the token scales that lie in other heads' pages.
@@ -165,6 +169,7 @@ def decode_program(layout: PageLayout, dtype: torch.dtype, team: int) -> Program
         "TEAM": team,
         "DENSE_TOKENS": DENSE_TOKENS,
         "STAGE_BYTES": stage,
+        "STREAMED": int(streamed),
         "BLOCKS_PER_SM": _MOST_BLOCKS_PER_SM,
     }
     # Two pages per team, and the query with its factors; afterwards what warps found, to merge.
@@ -175,12 +180,13 @@ def decode_program(layout: PageLayout, dtype: torch.dtype, team: int) -> Program
 
 
 @lru_cache(maxsize=64)
-def combine_program(value_dim: int, dtype: torch.dtype) -> Program:
+def combine_program(value_dim: int, dtype: torch.dtype, streamed: bool = False) -> Program:
     """The kernel that merges the parts."""
     constants = {
         "WARPS": WARPS,
         "VALUE_DIM": value_dim,
         "BFLOAT": int(dtype == torch.bfloat16),
+        "STREAMED": int(streamed),
         "ROTATION_UNIT": f"{value_dim**-0.5!r}f",
     }
     # What every lane found: sums of packed and of dense tokens, maximum, normalizer.
@@ -301,7 +307,7 @@ def decode(call: AttentionCall, work: Plan | None = None, run: Run = run) -> Ten
         owners=owners,
         rows=call.rows,
         num_queries=num_queries,
-        streamed=work.streamed,
+        page_blocks=work.page_blocks(owners),
         page_parts=work.page_parts,
         page_slots=page_slots,
         dense_parts=work.dense_parts,
@@ -311,7 +317,9 @@ def decode(call: AttentionCall, work: Plan | None = None, run: Run = run) -> Ten
         scaling=scaling,
         softcap=call.softcap or 0.0,
     )
-    run(decode_program(layout, query.dtype, work.team), parts, work.blocks(owners), device)
+    streamed = work.streamed > 0
+    program = decode_program(layout, query.dtype, work.team, streamed)
+    run(program, parts, work.blocks(owners), device)
     merged = CombineArguments(
         sums=sums.data_ptr(),
         maxima=maxima.data_ptr(),
@@ -327,7 +335,7 @@ def decode(call: AttentionCall, work: Plan | None = None, run: Run = run) -> Ten
         wide_sinks=int(s_aux is not None and s_aux.dtype == torch.float32),
     )
     rows = batch * num_heads * num_queries
-    run(combine_program(layout.value_dim, query.dtype), merged, rows, device)
+    run(combine_program(layout.value_dim, query.dtype, streamed), merged, rows, device)
     return out
 
 

@@ -22,9 +22,9 @@ struct Arguments {
   int owners;           // B * H
   int rows;             // query row g * num_queries + i is query i of head g
   int num_queries;
-  int streamed;    // blocks that share all work evenly; if 0, every sequence has page_parts
-  int page_parts;  // blocks that share the pages of a sequence and head
-  int page_slots;  // of all; then come those of dense tokens
+  int page_blocks;  // all but those of dense tokens alone
+  int page_parts;   // blocks that share the pages of a sequence and head, if not streamed
+  int page_slots;   // of all; then come those of dense tokens
   int dense_parts;
   int dense_apart;  // whether these have blocks of their own
   int has_new;      // the last num_queries tokens are the new ones, also where they are packed

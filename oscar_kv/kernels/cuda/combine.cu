@@ -1,13 +1,14 @@
 // Merges the parts of decode attention, and rotates what pages gave back: a block per output row.
 //
-// WARPS, VALUE_DIM, BFLOAT and ROTATION_UNIT, here that of values, are constants (cuda_decode.py).
+// WARPS, VALUE_DIM, BFLOAT, STREAMED and ROTATION_UNIT, here that of values, are constants
+// (cuda_decode.py).
 #include <rotation.cuh>
 #include <states.cuh>
 
 struct Arguments {
   const float* sums;  // [slots, rows, E], in the rotated basis for parts of pages, which come first
   const float* maxima;      // [slots, rows, 2]: maximum of the logits in base 2, normalizer
-  const int* ranges;        // [B, H, 2]: first and last slot of pages; null if each has page_parts
+  const int* ranges;        // [B, H, 2]: first and last slot of pages; used if streamed
   const void* sink_logits;  // [Hq], join the normalizer; or null
   u16* out;                 // [B, Hq, num_queries, E]
   int page_parts;
@@ -47,14 +48,15 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     combine(const __grid_constant__ Arguments a) {
   const int warp = thread() / 32, lane = thread() % 32;
   const int owner = block() / a.rows, row = block() % a.rows;
+  const float* sums = a.sums + kMine * lane;
   wait_for_previous_grid();
   int page_slot = owner * a.page_parts, page_parts = a.page_parts;
-  if (a.ranges) {
+  if (STREAMED) {
     page_slot = a.ranges[2 * owner];
     page_parts = a.ranges[2 * owner + 1] + 1 - page_slot;
   }
   const int parts = page_parts + a.dense_parts;
-  const int dense_slot = a.page_slots + owner * a.dense_parts;
+  const int dense_slot = a.page_slots + owner * a.dense_parts - page_parts;
 
   Sums mine;
   for (int first = warp; first < parts; first += kWarps * kLoads) {
@@ -64,10 +66,9 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     for (int i = 0; i < kLoads; ++i) {
       const int part = first + i * kWarps;
       if (part >= parts) continue;
-      const int slot = part < page_parts ? page_slot + part : dense_slot + part - page_parts;
-      const i64 place = static_cast<i64>(slot) * a.rows + row;
-      found[i] = load<kMine>(a.sums + place * VALUE_DIM + kMine * lane);
-      its[i] = load<2>(a.maxima + 2 * place);
+      const int place = (part + (part < page_parts ? page_slot : dense_slot)) * a.rows + row;
+      found[i] = load<kMine>(sums + static_cast<i64>(place) * VALUE_DIM);
+      its[i] = load<2>(a.maxima + 2 * static_cast<i64>(place));
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {

@@ -73,7 +73,7 @@ __device__ inline void attend_pages(const Arguments& a, const Share& share, cons
   const i64 beyond = first + static_cast<i64>(share.round_end) * kTeams;
   const int last = beyond < its.pages ? static_cast<int>(beyond) : its.pages;
   const int count = begin < last ? (last - begin + step - 1) / step : 0;
-  const bool early = first == 0 && !a.streamed;
+  const bool early = first == 0 && !kStreamed;
 
   u8* stages = memory + team * 2 * kStage;
   const int team_lane = member * 32 + lane;
@@ -245,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
   Share share;
   Stream rest = {};
   int ids = 0;
-  if (a.streamed) {
+  if constexpr (kStreamed) {
     rest = find_stream(a, lane);
     if (rest.units == 0) return;
   } else {
@@ -257,9 +257,9 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
     if (share.round_end > 0 && mine < a.table_width) ids = table[mine];
   }
   do {
-    const int owner = a.streamed ? rest.owner : share.owner;
+    const int owner = kStreamed ? rest.owner : share.owner;
     const Tokens its = tokens_of(a, owner / HEADS);
-    if (a.streamed) share = next_share(a, its, rest);
+    if constexpr (kStreamed) share = next_share(a, its, rest);
     const Seen seen = seen_by(a, its, lane);
     if (share.round < share.round_end) attend_pages(a, share, its, seen, ids, memory, warp, lane);
     for (int i = share.dense; i < share.dense_end; i += share.stride)

@@ -12,7 +12,7 @@ constexpr u32 kOne = 0x3c003c00u;
 // A channel over KEY_GROUP tokens. Column p is plane p, 16 tokens: up to two planes are in a lane.
 struct KeyGroups {
   static constexpr int kBits = 2 * KEY_SETS, kCount = KEY_GROUP;
-  static constexpr int kGroups = KEY_GROUP == 16 ? 4 : 2;                      // of a lane
+  static constexpr int kGroups = KEY_GROUP == 16 ? 4 : 2;                       // of a lane
   static constexpr int kFirst = 1, kEnd = KEY_GROUP > 32 ? KEY_GROUP / 32 : 1;  // other lanes' bits
   static constexpr bool kByRow = true;  // x[t][0][i] and x[t][1][i] are of the same groups
   // The group of column 2 c + j of row i.
@@ -37,7 +37,7 @@ __device__ inline void narrow(const float (&x)[kBlocks][2][4], const float (&fac
 #pragma unroll
   for (int i = 0; i < 4 * kBlocks; ++i) {
     const int h = i / 2 % 2, row = i % 2;
-    const float(&from)[4] = x[i / 4][h];
+    const float (&from)[4] = x[i / 4][h];
     out[i / 4][h][row] =
         pack_f16(from[2 * row] * factor[2 * h], from[2 * row + 1] * factor[2 * h + 1]);
   }

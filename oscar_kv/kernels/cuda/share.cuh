@@ -2,6 +2,7 @@
 #pragma once
 #include <arguments.cuh>
 
+constexpr bool kStreamed = STREAMED;  // a kernel of its own: the other one has to start fast
 constexpr int kTeams = kWarps / TEAM;
 
 // Of one sequence and head: rounds of pages, in which every team takes one, and dense parts.
@@ -14,7 +15,7 @@ struct Share {
 
 // Where every sequence and head is divided alike: dense parts come last, as they are shorter.
 __device__ inline Share own_share(const Arguments& a) {
-  const int page_blocks = a.page_parts * a.owners, over = block() - page_blocks;
+  const int over = block() - a.page_blocks;
   Share share;
   if (over >= 0) {
     share = {over / a.dense_parts, 0, 0, 0, over % a.dense_parts, over % a.dense_parts + 1, 1};
@@ -58,7 +59,7 @@ __device__ inline Stream find_stream(const Arguments& a, int lane) {
   };
   i64 total = 0;
   for (int first = 0; first < sequences; first += 32) total += shuffle(sum(first), 31);
-  const i64 blocks = total < a.streamed ? total : a.streamed;  // that have something to do
+  const i64 blocks = total < a.page_blocks ? total : a.page_blocks;  // that have something to do
   if (block() >= blocks) return {};
   i64 begin = total * block() / blocks;
   const int units = static_cast<int>(total * (block() + 1) / blocks - begin);

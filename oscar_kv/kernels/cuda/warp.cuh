@@ -182,9 +182,7 @@ __device__ inline u32 to_e4m3(float x) {
   const u32 bits = __float_as_uint(((x + magic) - magic) * 0x1p-120f);
   return (bits >> 20 & 0x7f) | (bits >> 24 & 0x80);
 }
-__device__ inline u32 pack_e4m3(float low, float high) {
-  return to_e4m3(low) | to_e4m3(high) << 8;
-}
+__device__ inline u32 pack_e4m3(float low, float high) { return to_e4m3(low) | to_e4m3(high) << 8; }
 #endif
 
 // The float16 pairs of the two low and the two high of four E4M3 bytes.
