@@ -17,11 +17,21 @@ from transformers.cache_utils import Cache
 
 from oscar_kv.config import FULL_PRECISION
 from oscar_kv.evaluation.quality import make_cache
-from oscar_kv.generation import Loaded, Token, cache_nbytes, check_length, continuation
+from oscar_kv.generation import (
+    Loaded,
+    Token,
+    cache_nbytes,
+    check_length,
+    continuation,
+    decode_graph,
+)
 from oscar_kv.integrations.files import load_cache, save_cache
 from oscar_kv.integrations.transformers import OscarCache
 
 Message = dict[str, str]
+
+SPARE_TOKENS = 2048
+"""Reserved beyond an answer when a CUDA graph is captured, which then serves several turns."""
 
 
 class Conversation:
@@ -32,17 +42,29 @@ class Conversation:
             paragraphs of one text.
         preset: of the cache, or ``FULL_PRECISION``.
         system: the first message, if there is to be one.
+        cuda_graph: see :func:`oscar_kv.generation.decode_graph`.
+
+    Raises:
+        ValueError: if a graph is wanted and cannot be had.
     """
 
-    def __init__(self, loaded: Loaded, preset: str, system: str | None = None) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        preset: str,
+        system: str | None = None,
+        *,
+        cuda_graph: bool | None = None,
+    ) -> None:
         self.loaded = loaded
         self.preset = preset
+        self.cuda_graph = cuda_graph
         self.system: list[Message] = [] if system is None else [_message("system", system)]
         self.messages: list[Message] = []
         """What was said, without the system message."""
         self.ids: list[int] = []
         """The tokens in the cache."""
-        self.cache: Cache = make_cache(loaded.model, preset)
+        self._drop_cache()
 
     @property
     def nbytes(self) -> int:
@@ -71,11 +93,19 @@ class Conversation:
         check_length(self.loaded.model.config, len(wanted), max_new_tokens)
         self._keep(_common_prefix(self.ids, wanted[:-1]))
         new = torch.tensor([wanted[len(self.ids) :]], device=self.loaded.model.device)
-        model = self.loaded.model
+        stream = continuation(
+            self.loaded.model,
+            new,
+            self.cache,
+            max_new_tokens,
+            temperature,
+            graph=self._graph,
+            spare=SPARE_TOKENS,
+        )
         generated: list[int] = []
         answer = ""
         try:
-            for token in continuation(model, new, self.cache, max_new_tokens, temperature):
+            for token in stream:
                 generated.append(token.id)
                 answer = self.loaded.tokenizer.decode(generated, skip_special_tokens=True)
                 yield token, answer
@@ -126,7 +156,7 @@ class Conversation:
         self._drop_cache()
         self.system, self.messages = said[: len(system)], said[len(system) :]
         if cache is not None:
-            self.cache, self.ids = cache, ids
+            self._use(cache, ids)
         return cache is not None
 
     def _encode(self, messages: list[Message]) -> list[int]:
@@ -148,7 +178,11 @@ class Conversation:
             self._drop_cache()
 
     def _drop_cache(self) -> None:
-        self.cache, self.ids = make_cache(self.loaded.model, self.preset), []
+        self._use(make_cache(self.loaded.model, self.preset), [])
+
+    def _use(self, cache: Cache, ids: list[int]) -> None:
+        self.cache, self.ids = cache, ids
+        self._graph = decode_graph(self.loaded.model, cache, self.cuda_graph)
 
     def _oscar_cache(self) -> OscarCache:
         assert isinstance(self.cache, OscarCache)

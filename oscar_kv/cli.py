@@ -30,6 +30,10 @@ app = typer.Typer(
 
 BENCHMARKS = ("kernel", "prefill", "model")
 
+CudaGraph = Annotated[
+    bool | None,
+    typer.Option(help="Run decode steps as a CUDA graph. Wherever possible if omitted."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
@@ -101,10 +105,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    cuda_graph: Annotated[
-        bool | None,
-        typer.Option(help="Run decode steps as a CUDA graph. Wherever possible if omitted."),
-    ] = None,
+    cuda_graph: CudaGraph = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a quantized cache; text on stdout, the rest on stderr."""
@@ -124,14 +125,9 @@ def generate(
     cache = make_cache(loaded.model, preset)
     streamer = None if as_json else TextStreamer(loaded.tokenizer, skip_special_tokens=True)
     tokens: list[generation.Token] = []
-    possible = generation.can_be_captured(loaded.model, cache)
-    if cuda_graph and not possible:
-        raise ValueError(
-            "--cuda-graph: needs a GPU, a preset, and a model whose layers all are full attention"
-        )
-    captured = possible if cuda_graph is None else cuda_graph
+    graph = generation.decode_graph(loaded.model, cache, cuda_graph)
     stream = generation.continuation(
-        loaded.model, ids, cache, max_new_tokens, temperature, cuda_graph=captured
+        loaded.model, ids, cache, max_new_tokens, temperature, graph=graph
     )
     with _progress() as progress:
         progress.add_task(f"reading {ids.shape[1]:,} prompt tokens", total=None)
@@ -160,7 +156,7 @@ def generate(
                 "preset": preset,
                 "dtype": loaded.dtype,
                 "attends_packed": loaded.attends_packed,
-                "cuda_graph": captured,
+                "cuda_graph": graph is not None,
                 "text": written,
                 "prompt_tokens": ids.shape[1],
                 "new_tokens": len(tokens),
@@ -189,6 +185,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    cuda_graph: CudaGraph = None,
 ) -> None:
     """Talk with a model; the quantized cache is kept from turn to turn."""
     _check_sampling(preset, temperature)
@@ -197,7 +194,8 @@ def chat(
     from oscar_kv.chat import Conversation
 
     loaded = _load(model, preset, dtype, device)
-    repl.chat(Conversation(loaded, preset, system), max_new_tokens, temperature)
+    conversation = Conversation(loaded, preset, system, cuda_graph=cuda_graph)
+    repl.chat(conversation, max_new_tokens, temperature)
 
 
 @app.command()

@@ -121,6 +121,23 @@ def can_be_captured(model: Any, cache: Cache) -> bool:
     return True
 
 
+def decode_graph(model: Any, cache: Cache, wanted: bool | None = None) -> DecodeGraph | None:
+    """What runs decode steps over ``cache`` as a CUDA graph.
+
+    Args:
+        wanted: a graph or none; one wherever that is possible if omitted.
+
+    Raises:
+        ValueError: if a graph is wanted and cannot be had.
+    """
+    possible = can_be_captured(model, cache)
+    if wanted and not possible:
+        raise ValueError(
+            "--cuda-graph: needs a GPU, a preset, and a model whose layers all are full attention"
+        )
+    return DecodeGraph(model, cache) if possible and wanted is not False else None
+
+
 @torch.no_grad()
 def continuation(
     model: Any,
@@ -129,7 +146,8 @@ def continuation(
     max_new_tokens: int,
     temperature: float = 0.0,
     *,
-    cuda_graph: bool = False,
+    graph: DecodeGraph | None = None,
+    spare: int = 0,
 ) -> Iterator[Token]:
     """Yields the tokens that follow ``prompt``, up to an end-of-text token or the limit.
 
@@ -137,23 +155,23 @@ def continuation(
         prompt: ids ``[1, T]``.
         cache: may hold what comes before; afterwards it holds all tokens but the last.
         temperature: 0 picks the most likely token.
-        cuda_graph: run the steps after the prompt as a CUDA graph, for an :class:`OscarCache`.
+        graph: of ``model`` and ``cache``, for the steps after the prompt.
+        spare: tokens to reserve for later prompts and continuations with the same graph.
 
     Raises:
         MemoryError: if the device runs out of memory.
-        ValueError: if a graph is asked for and cannot be had, or a key or value is NaN or Inf.
+        ValueError: if a key or value is NaN or Inf.
     """
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end])
     last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    ids, graph = prompt, None
-    for _ in range(max_new_tokens):
+    ids = prompt
+    for step in range(max_new_tokens):
         begin = time.perf_counter()
         try:
-            if cuda_graph and ids is not prompt:
-                if graph is None:
-                    cast(OscarCache, cache).reserve(max_new_tokens)
-                    graph = DecodeGraph(model, cache)
+            if graph is not None and step:
+                if step == 1:
+                    graph.reserve(max_new_tokens, spare)
                 logits = graph(ids)
             else:
                 output = model(ids, past_key_values=cache, use_cache=True, **last_only)
@@ -165,7 +183,7 @@ def continuation(
         else:
             ids = logits.argmax(-1, keepdim=True)
         token = int(ids)  # waits for the device
-        if graph is not None:
+        if graph is not None and step:
             graph.require_finite()
         yield Token(token, time.perf_counter() - begin)
         if token in ends:

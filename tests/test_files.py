@@ -40,8 +40,14 @@ def test_round_trip(
     path = tmp_path_factory.mktemp("caches") / "cache.safetensors"
     packed = quantize(KEYS.to(dtype), VALUES.to(dtype), config, lengths=lengths)
     packed.select(rows)
-    save_packed(path, {"0": packed, "1": quantize(KEYS, VALUES)}, {"note": torch.arange(3)})
-    caches, extra = load_packed(path)
+    save_packed(
+        path,
+        {"0": packed, "1": quantize(KEYS, VALUES)},
+        {"note": torch.arange(3)},
+        {"by": "hand"},
+    )
+    caches, extra, about = load_packed(path)
+    assert about == {"by": "hand"}
     assert torch.equal(extra["note"], torch.arange(3))
     assert_same(caches["1"], quantize(KEYS, VALUES))
     loaded = caches["0"]
@@ -104,10 +110,16 @@ def test_a_damaged_description_is_refused(
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    described = json.loads(metadata["caches"])
-    damage(described)
-    save_file(tensors, str(path), {**metadata, "caches": json.dumps(described)})
-    with pytest.raises(ValueError, match=r"cache\.safetensors: damaged"):
+    described = json.loads(metadata["description"])
+    damage(described["caches"])
+    text = json.dumps(described)
+    save_file(tensors, str(path), {**metadata, "description": text})
+    with pytest.raises(ValueError, match="its checksum is not that of its contents"):
+        load_packed(path)
+    # and by someone who computes the checksum, too
+    new = {"description": text, "checksum": files.checksum(text, tensors)}
+    save_file(tensors, str(path), {**metadata, **new})
+    with pytest.raises(ValueError, match=r"cache\.safetensors: damaged \((?!its checksum)"):
         load_packed(path)
 
 
@@ -117,3 +129,16 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_packed(path)
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "cache.safetensors"
+    save_packed(path, {"0": quantize(KEYS, VALUES)})
+    whole = path.read_bytes()
+    tensors = 8 + int.from_bytes(whole[:8], "little")
+    for place in torch.linspace(tensors, len(whole) - 1, 9).long().tolist():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="its checksum is not that of its contents"):
+            load_packed(path)
+    path.write_bytes(whole)
+    load_packed(path)

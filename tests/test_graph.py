@@ -11,7 +11,7 @@ import triton.language as tl
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from oscar_kv import OscarCache, OscarConfig, decode_attention
-from oscar_kv.generation import can_be_captured, continuation
+from oscar_kv.generation import can_be_captured, continuation, decode_graph
 from oscar_kv.integrations.compile import compile_layers
 from oscar_kv.integrations.graph import DecodeGraph
 from oscar_kv.kernels.triton_page import high_planes, plane
@@ -110,10 +110,11 @@ def test_compiled_layers_are_captured() -> None:
 def test_continuation_is_the_same_with_a_graph() -> None:
     model = tiny_model("cuda")
     prompt = torch.randint(0, 300, (1, 200), device="cuda")
-    texts = [
-        [t.id for t in continuation(model, prompt, OscarCache(CONFIG), 100, cuda_graph=graph)]
-        for graph in (False, True)
-    ]
+    texts = []
+    for wanted in (False, True):
+        cache = OscarCache(CONFIG)
+        graph = decode_graph(model, cache, wanted)
+        texts.append([t.id for t in continuation(model, prompt, cache, 100, graph=graph)])
     assert texts[0][:20] == texts[1][:20]  # later a tie may fall the other way
     assert len(texts[1]) == len(texts[0])
 

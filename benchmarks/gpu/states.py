@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from benchmarks.gpu.timing import copies_for
 from oscar_kv import OscarConfig, quantize
 from oscar_kv.storage.packed import PackedKV
 
-_UNREAD = ("tables", "unused")
+_UNREAD = ("tables", "undo", "unused")
 
 
 def config_of(preset: str, recent_tokens: int | None = None) -> OscarConfig:
@@ -58,7 +57,8 @@ def packed_copies(
     """The states, quantized, in as many separate memories as keep the L2 cache cold."""
     packed = quantize(keys, values, config, lengths=lengths)
     more = copies_for(bytes_read(packed)) - 1
-    return [packed, *(copy.deepcopy(packed) for _ in range(more))]
+    # no deepcopy: it would share the pages
+    return [packed, *(quantize(keys, values, config, lengths=lengths) for _ in range(more))]
 
 
 def dense_copies(keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:

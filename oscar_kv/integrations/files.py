@@ -32,7 +32,7 @@ def save_cache(cache: OscarCache, path: str | Path) -> None:
             raise ValueError(f"layer {index} is a {type(layer).__name__}: it cannot be saved")
     if not packed:
         raise ValueError("the cache is empty: expected one that has seen tokens")
-    save_packed(path, packed, extra)
+    save_packed(path, packed, extra, {"made_for": cache.made_for})
 
 
 def load_cache(
@@ -47,11 +47,17 @@ def load_cache(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such file, or was written for a model of other layers.
+        ValueError: if it is no such file, is damaged, or was written for another model.
     """
-    packed, extra = load_packed(path, device)
-    config = next(iter(packed.values())).config
-    cache = OscarCache(model_config, config)
+    packed, extra, about = load_packed(path, device)
+    cache = OscarCache(model_config, next(iter(packed.values())).config)
+    made_for = about.get("made_for", {})
+    for name in made_for.keys() & cache.made_for.keys():
+        if made_for[name] != cache.made_for[name]:
+            raise ValueError(
+                f"{path}: made for a model with {name}={made_for[name]}: this one has "
+                f"{cache.made_for[name]}"
+            )
     quantized = {str(i) for i, layer in enumerate(cache.layers) if isinstance(layer, OscarLayer)}
     if quantized != packed.keys():
         raise ValueError(

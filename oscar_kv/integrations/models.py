@@ -54,6 +54,20 @@ def require_usable_cache(model_config: PreTrainedConfig) -> None:
         )
 
 
+def identity(model_config: PreTrainedConfig) -> dict[str, str | int]:
+    """What tells one model's cache from another's, as far as the config states it: fields of the
+    text model, and of its first quantized layer."""
+    text = model_config.get_text_config(decoder=True)
+    layer = next(config for layer, config in cache_layers(model_config) if is_quantized(layer))
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    stated = {
+        "model_type": text.model_type,
+        "num_hidden_layers": getattr(text, "num_hidden_layers", None),
+        **{name: getattr(layer, name, None) for name in names},
+    }
+    return {name: value for name, value in stated.items() if isinstance(value, (str, int))}
+
+
 def is_quantized(layer: Any) -> bool:
     """Whether :class:`OscarCache` takes the place of this layer of Transformers."""
     return type(layer) is DynamicLayer

@@ -28,6 +28,7 @@ from oscar_kv.integrations.lazy import AttentionView, LazyStates
 from oscar_kv.integrations.models import (
     cache_layers,
     head_dim_of,
+    identity,
     is_quantized,
     require_usable_cache,
 )
@@ -137,6 +138,11 @@ class OscarLayer(CacheLayerMixin):
             self.packed.select(rows[indices.cpu()].tolist())
 
     def _empty(self, key_states: Tensor, value_states: Tensor) -> PackedKV:
+        for name, states in (("keys", key_states), ("values", value_states)):
+            if states.ndim != 4:
+                raise ValueError(
+                    f"{name} of shape {tuple(states.shape)}: expected [B, H, T, channels]"
+                )
         batch, heads, _, head_dim = key_states.shape
         value_dim = value_states.shape[3]
         return PackedKV(
@@ -195,6 +201,8 @@ class OscarCache(Cache):
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ValueError(f"max_tokens={max_tokens!r}: expected a positive integer")
         require_usable_cache(model_config)
+        self.made_for = identity(model_config)
+        """Fields of the model's config by which a file tells whose cache it holds."""
         layers: list[Any] = []
         for layer, layer_config in cache_layers(model_config):
             if not is_quantized(layer):
@@ -216,7 +224,8 @@ class OscarCache(Cache):
 
         A forward pass that fails in between has stored its states in some layers and not in others:
         these are rolled back, at once if a layer refuses its states, else when the next pass
-        begins. The pass can be repeated.
+        begins. The pass can be repeated. One that fails after its last layer has stored its states
+        looks complete: ``crop`` takes it back.
 
         Raises:
             ValueError: for states that are refused, and, in a model with layers that cannot be

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,15 +16,27 @@ from torch import Tensor
 from oscar_kv.config import OscarConfig
 from oscar_kv.storage.packed import PackedKV
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the page layout or this file's structure changes."""
 
 _FORMAT = "oscar-kv"
 _DTYPES = {str(d): d for d in (torch.float16, torch.bfloat16, torch.float32)}
 
 
+class Contents(NamedTuple):
+    """What a file holds."""
+
+    caches: dict[str, PackedKV]
+    """Packed sequences by name."""
+    extra: dict[str, Tensor]
+    about: dict[str, Any]
+
+
 def save_packed(
-    path: str | Path, caches: Mapping[str, PackedKV], extra: Mapping[str, Tensor] | None = None
+    path: str | Path,
+    caches: Mapping[str, PackedKV],
+    extra: Mapping[str, Tensor] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes packed sequences to one safetensors file.
 
@@ -33,6 +46,7 @@ def save_packed(
         path: of the file; an existing one is replaced.
         caches: by name, e.g. of the layer.
         extra: further tensors to store beside them.
+        about: plain values to store beside them.
 
     Raises:
         ValueError: if there is nothing to save.
@@ -52,17 +66,19 @@ def save_packed(
             "sequences": state,
         }
         tensors |= {f"cache/{name}/{part}": t.contiguous() for part, t in parts.items()}
-    metadata = {"format": _FORMAT, "version": str(FORMAT_VERSION), "caches": json.dumps(described)}
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    text = json.dumps({"caches": described, "about": dict(about or {})})
+    metadata = {
+        "format": _FORMAT,
+        "version": str(FORMAT_VERSION),
+        "description": text,
+        "checksum": checksum(text, tensors),
+    }
     save_file(tensors, str(path), metadata=metadata)
 
 
-def load_packed(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[dict[str, PackedKV], dict[str, Tensor]]:
+def load_packed(path: str | Path, device: torch.device | str = "cpu") -> Contents:
     """Reads what :func:`save_packed` wrote.
-
-    Returns:
-        The packed sequences by name, and the extra tensors.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -72,7 +88,7 @@ def load_packed(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
+        with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -83,15 +99,31 @@ def load_packed(
         raise ValueError(
             f"{path}: format version {metadata.get('version')}: expected {FORMAT_VERSION}"
         )
+    text = metadata.get("description", "")
+    if metadata.get("checksum") != checksum(text, tensors):
+        raise ValueError(f"{path}: damaged (its checksum is not that of its contents)")
     try:
-        return _rebuild(json.loads(metadata["caches"]), tensors, device)
+        description = json.loads(text)
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        caches = _rebuild(description["caches"], tensors, device)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
+    extra = {k.removeprefix("extra/"): t for k, t in tensors.items() if k.startswith("extra/")}
+    return Contents(caches, extra, description["about"])
+
+
+def checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of a description and of tensors in CPU memory, names included, in hexadecimal."""
+    crc = zlib.crc32(description.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def _rebuild(
     described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str
-) -> tuple[dict[str, PackedKV], dict[str, Tensor]]:
+) -> dict[str, PackedKV]:
     caches = {}
     for name, entry in described.items():
         packed = PackedKV(
@@ -107,5 +139,4 @@ def _rebuild(
         parts = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         packed.restore(entry["sequences"], parts)
         caches[name] = packed
-    extra = {k.removeprefix("extra/"): t for k, t in tensors.items() if k.startswith("extra/")}
-    return caches, extra
+    return caches

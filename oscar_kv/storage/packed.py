@@ -35,6 +35,7 @@ from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.ownership import owns_tensors
 from oscar_kv.storage.pool import PagePool
 from oscar_kv.storage.sequence import SequenceState, group_by_shape
+from oscar_kv.storage.undo import Undo
 from oscar_kv.storage.write import PackFunction, StepFunction, Write, plan_write
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -87,6 +88,9 @@ class PackedKV:
         self._sequences = [SequenceState() for _ in range(batch_size)]
         self._device_leads = False
         """Whether kernels may be ahead of the host's lengths: from `reserve` on."""
+        self._undo: Undo | None = None
+        self.version = object()
+        """Another object after every change but :meth:`advance`."""
 
         def full_precision(tokens: int, channels: int) -> Tensor:
             return torch.zeros(
@@ -179,6 +183,13 @@ class PackedKV:
         )
 
     @property
+    def places(self) -> list[tuple[int, torch.Size]]:
+        """Address and shape of every tensor that kernels read and write, which a CUDA graph takes
+        for granted."""
+        tensors = [self.pool.data, *(getattr(self, name) for name in (*_BATCHED, "nonfinite"))]
+        return [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, unused capacity included."""
         return sum(self.memory().values())
@@ -187,8 +198,9 @@ class PackedKV:
         """Bytes allocated, by kind.
 
         ``codes``, ``metadata`` (scales, centres, units), ``norms`` (token scales) and
-        ``padding`` of the pages in use, ``tail`` for tokens in full precision, ``tables`` for
-        block table and lengths, ``unused`` for allocated pages and tail slots that hold nothing.
+        ``padding`` of the pages in use, ``tail`` for tokens in full precision, ``undo`` for what
+        :meth:`crop` needs to take back the latest append, ``tables`` for block table and lengths,
+        ``unused`` for allocated pages and tail slots that hold nothing.
         """
         heads = self.layout.num_kv_heads
         written = self.pool.used - sum(len(s.reserved) for s in self._sequences)
@@ -201,6 +213,7 @@ class PackedKV:
         return {
             **kinds,
             "tail": tail,
+            "undo": 0 if self._undo is None else self._undo.nbytes,
             "tables": sum(t.numel() * t.itemsize for t in tables),
             "unused": slots - tail + free_pages,
         }
@@ -274,6 +287,7 @@ class PackedKV:
             require_storable(keys, values, counts, self.config)
         else:
             keys, values = zero_nonfinite(keys, values)
+        undo = self._undo_of(counts)
         self._release_reserved()
         groups = group_by_shape(self._sequences, self.device, counts)
         writes = [plan_write(self, group, keys, values) for group in groups]
@@ -290,6 +304,7 @@ class PackedKV:
             raise
         for write, page_ids in zip(writes, packed):
             ids = self._commit(write, page_ids, ids)
+        self._undo = undo
         self._sync_lengths()
         return keys, values
 
@@ -326,6 +341,8 @@ class PackedKV:
             return keys, values
         if self.config.check_finite:
             require_storable(keys, values, counts, self.config)
+        undo = self._undo_of(counts)
+        self.version = object()
         for row, (sequence, count) in enumerate(zip(self._sequences, counts)):
             missing = self._pages_after(sequence, count) - len(sequence.pages + sequence.reserved)
             if missing > 0:
@@ -334,6 +351,7 @@ class PackedKV:
                 self.block_table[row, len(sequence.pages)].fill_(sequence.reserved[0])
         numbers = None if uniform else torch.tensor(counts, dtype=torch.int32, device=self.device)
         step(self, keys, values, numbers)
+        self._undo = undo
         self._advance(counts)
         if not self.config.check_finite and keys.shape[2] > self.config.recent_tokens:
             return zero_nonfinite(keys, values)
@@ -352,6 +370,7 @@ class PackedKV:
         if tokens < 0:
             raise ValueError(f"tokens={tokens}: expected a number >= 0")
         self._device_leads = True
+        self.version = object()
         wanted = [self._pages_after(s, tokens) - len(s.pages + s.reserved) for s in self._sequences]
         ids = self.pool.allocate(sum(max(0, missing) for missing in wanted))
         for sequence, missing in zip(self._sequences, wanted):
@@ -371,6 +390,7 @@ class PackedKV:
         """
         if not 0 <= tokens <= self.reserved_tokens:
             raise ValueError(f"tokens={tokens}: {self.reserved_tokens} are reserved")
+        self._undo = None
         self._advance([tokens] * self.batch_size)
 
     @owns_tensors
@@ -379,7 +399,8 @@ class PackedKV:
 
         Pages that remain whole stay as they are. A page that is cut is dequantized and its
         remaining tokens return to the tail, from where they are quantized again once their page
-        is complete: the one exception to "each token is quantized once".
+        is complete: the one exception to "each token is quantized once". Taking back just the
+        latest append is exact, whatever it has packed.
 
         Raises:
             ValueError: if a sequence has fewer tokens.
@@ -391,6 +412,10 @@ class PackedKV:
             not 0 <= new <= old for new, old in zip(wanted, self.lengths)
         ):
             raise ValueError(f"lengths={lengths!r}: expected values within {self.lengths}")
+        undo, self._undo = self._undo, None
+        if undo is not None and wanted == undo.lengths:
+            self._restore(undo)
+            return
         for row, (length, sequence) in enumerate(zip(wanted, self._sequences)):
             sinks = min(sequence.sinks, length)
             whole, rest = divmod(length - sinks, PAGE_TOKENS)
@@ -419,6 +444,7 @@ class PackedKV:
         if not rows or any(not 0 <= row < self.batch_size for row in rows):
             raise ValueError(f"rows={rows!r}: expected indices below {self.batch_size}")
         self._release_reserved()
+        self._undo = None
         chosen = [self._sequences[row] for row in rows]
         for sequence in chosen:
             self.pool.hold(sequence.pages)
@@ -441,9 +467,24 @@ class PackedKV:
         moved._sequences = [replace(sequence) for sequence in self._sequences]
         moved.pool = self.pool.to(device)
         moved._release_reserved()
+        moved._undo = None
         for name in (*_BATCHED, "nonfinite"):
             setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
         return moved
+
+    @owns_tensors
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedKV:
+        """The same sequences, which go their own way from here on. Pages stay shared until one of
+        the two writes one (see :class:`PagePool`)."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin._sequences = [replace(sequence) for sequence in self._sequences]
+        twin.pool = copy.deepcopy(self.pool, memo)
+        twin._release_reserved()
+        twin._undo = None
+        for name in (*_BATCHED, "nonfinite"):
+            setattr(twin, name, getattr(self, name).clone())
+        return twin
 
     # -- files ------------------------------------------------------------------------------
 
@@ -525,8 +566,37 @@ class PackedKV:
             sequence.pages += sequence.reserved[:new_pages]
             sequence.reserved = sequence.reserved[new_pages:]
 
+    def _undo_of(self, counts: Sequence[int]) -> Undo | None:
+        """What an append of ``counts`` is about to overwrite, where a crop would miss it.
+
+        After one token that leaves a recent window, a crop stays within it, and whatever comes next
+        would complete the same page.
+        """
+        packs = any(
+            self._pages_after(sequence, count) > len(sequence.pages)
+            for sequence, count in zip(self._sequences, counts)
+        )
+        if not packs or max(counts) <= min(1, self.config.recent_tokens):
+            return None
+        tail = max(self.tails_per_sequence)
+        return Undo(
+            [replace(sequence, reserved=()) for sequence in self._sequences],
+            self.tail_keys[:, :, :tail].clone(),
+            self.tail_values[:, :, :tail].clone(),
+        )
+
+    def _restore(self, undo: Undo) -> None:
+        for sequence, before in zip(self._sequences, undo.sequences):
+            self.pool.release(sequence.pages[len(before.pages) :])
+        self._sequences = undo.sequences
+        tail = undo.tail_keys.shape[2]
+        self.tail_keys[:, :, :tail] = undo.tail_keys
+        self.tail_values[:, :, :tail] = undo.tail_values
+        self._sync_lengths()
+
     def _release_reserved(self) -> None:
         self._device_leads = False
+        self.version = object()
         for sequence in self._sequences:
             self.pool.release(sequence.reserved)
             sequence.reserved = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from oscar_kv.storage.layout import PageLayout
 
 class PagePool:
     """Fixed-size pages, addressed by id. A written page is immutable, so sequences may share it.
+
+    So may copies of a pool (``copy.deepcopy``): they have one tensor until one of them needs a page
+    to write, and moves to a tensor of its own.
 
     Growing copies the pool once per 1/32 of its size, which is negligible beside the attention
     that reads all of it every step; what is allocated beyond need stays below that 1/32.
@@ -27,6 +31,7 @@ class PagePool:
         """uint8 ``[capacity, H, page_bytes]``."""
         self._free: list[int] = []
         self._holders: Counter[int] = Counter()
+        self._shares_data = False
 
     @property
     def capacity(self) -> int:
@@ -45,7 +50,7 @@ class PagePool:
 
     def allocate(self, count: int) -> list[int]:
         """Ids of ``count`` pages to be written, each with one holder."""
-        if count > len(self._free):
+        if count > len(self._free) or (count and self._shares_data):
             self._grow(self.used + count)
         ids = [self._free.pop() for _ in range(count)]
         self._holders.update(ids)
@@ -72,15 +77,24 @@ class PagePool:
 
     def to(self, device: torch.device | str) -> PagePool:
         """The same pages on ``device``."""
-        moved = copy.copy(self)
-        moved._free, moved._holders = list(self._free), self._holders.copy()
+        moved = self._twin()
         moved.data = self.data.to(device, non_blocking=True)
         return moved
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
+        self._shares_data = True
+        return self._twin()
+
+    def _twin(self) -> PagePool:
+        twin = copy.copy(self)
+        twin._free, twin._holders = list(self._free), self._holders.copy()
+        return twin
+
     def _grow(self, needed: int) -> None:
+        """Moves to a tensor of its own that holds ``needed`` pages at least."""
         old = self.capacity
-        capacity = needed if old == 0 else max(needed, old + -(-old // 32))
+        capacity = max(needed, old + -(-old // 32)) if old and needed > old else max(needed, old)
         data = self.data.new_empty((capacity, *self.data.shape[1:]))
         data[:old] = self.data
-        self.data = data
+        self.data, self._shares_data = data, False
         self._free[:0] = range(capacity - 1, old - 1, -1)
