@@ -59,7 +59,14 @@ class DecodeGraph:
                     f"attn_implementation={model.config._attn_implementation!r}: expected "
                     '"oscar", which reads lengths on the device'
                 )
+            if cache.offloading:
+                raise ValueError("offloading: a CUDA graph cannot fetch pages from CPU memory")
             for packed in cache.packed_layers():
+                if packed.device != model.device:
+                    raise ValueError(
+                        f"layers are on {model.device} and {packed.device}: a CUDA graph needs "
+                        "all of them on one device"
+                    )
                 require_kernels(packed.layout, packed.device)
         self.model, self.cache = model, cache
         self.starts = None if starts is None else starts.to(model.device, torch.int32)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oscar_kv.config import OscarConfig
+from oscar_kv.storage.offload import Staging
 from oscar_kv.storage.packed import PackedKV
 
 FORMAT_VERSION = 2
@@ -57,9 +58,14 @@ def save_packed(
 
 
 def load_packed(
-    path: str | Path, device: torch.device | str = "cpu"
+    path: str | Path, device: torch.device | str = "cpu", staging: Staging | None = None
 ) -> tuple[dict[str, PackedKV], dict[str, Tensor]]:
     """Reads what :func:`save_packed` wrote.
+
+    Args:
+        path: of the file.
+        device: where the sequences will live.
+        staging: of this device, if pages are to stay in CPU memory.
 
     Returns:
         The packed sequences by name, and the extra tensors.
@@ -71,8 +77,9 @@ def load_packed(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    read_to = "cpu" if staging is not None else str(device)
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
+        with safe_open(str(path), framework="pt", device=read_to) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -84,13 +91,16 @@ def load_packed(
             f"{path}: format version {metadata.get('version')}: expected {FORMAT_VERSION}"
         )
     try:
-        return _rebuild(json.loads(metadata["caches"]), tensors, device)
+        return _rebuild(json.loads(metadata["caches"]), tensors, device, staging)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
 
 
 def _rebuild(
-    described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str
+    described: dict[str, Any],
+    tensors: dict[str, Tensor],
+    device: torch.device | str,
+    staging: Staging | None,
 ) -> tuple[dict[str, PackedKV], dict[str, Tensor]]:
     caches = {}
     for name, entry in described.items():
@@ -102,10 +112,12 @@ def _rebuild(
             value_head_dim=entry["value_head_dim"],
             dtype=_DTYPES[entry["dtype"]],
             device=device,
+            staging=staging,
         )
         prefix = f"cache/{name}/"
         parts = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         packed.restore(entry["sequences"], parts)
         caches[name] = packed
-    extra = {k.removeprefix("extra/"): t for k, t in tensors.items() if k.startswith("extra/")}
+    others = {k.removeprefix("extra/"): t for k, t in tensors.items() if k.startswith("extra/")}
+    extra = {name: tensor.to(device) for name, tensor in others.items()}
     return caches, extra

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,17 +20,30 @@ class PagePool:
 
     def __init__(self, layout: PageLayout, device: torch.device) -> None:
         self.layout = layout
-        self.data: Tensor = torch.empty(
-            (0, layout.num_kv_heads, layout.page_bytes), dtype=torch.uint8, device=device
-        )
-        """uint8 ``[capacity, H, page_bytes]``."""
+        self.page_shape = layout.num_kv_heads, layout.page_bytes
+        self._data = torch.empty((0, *self.page_shape), dtype=torch.uint8, device=device)
         self._free: list[int] = []
         self._holders: Counter[int] = Counter()
 
     @property
+    def data(self) -> Tensor:
+        """uint8 ``[capacity, H, page_bytes]``."""
+        return self._data
+
+    @property
     def capacity(self) -> int:
         """Pages allocated, in use or not."""
-        return self.data.shape[0]
+        return self._data.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.capacity * self.layout.num_kv_heads * self.layout.page_bytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """How many of these are in CPU memory for want of room on the device."""
+        return 0
 
     @property
     def used(self) -> int:
@@ -55,8 +67,21 @@ class PagePool:
         """Stores new pages (uint8 ``[n, H, page_bytes]``), each with one holder; returns ids."""
         ids = self.allocate(pages.shape[0])
         if ids:
-            self.data[torch.tensor(ids, device=self.data.device)] = pages
+            data = self.data
+            data[torch.tensor(ids, device=data.device)] = pages.to(data.device)
+            self.store(ids)
         return ids
+
+    def prefetch(self) -> None:
+        """Begins to bring the pages to where ``data`` is, if they are kept elsewhere."""
+
+    def store(self, ids: Sequence[int]) -> None:
+        """Has new pages, which were written to ``data``, kept wherever pages are kept."""
+
+    def stored(self, ids: Sequence[int]) -> Tensor:
+        """Copies of pages, uint8 ``[n, H, page_bytes]``, on the device where pages are kept."""
+        index = torch.tensor(ids, dtype=torch.int32, device=self._data.device)
+        return self._data.index_select(0, index)
 
     def hold(self, ids: Iterable[int]) -> None:
         """Adds one holder to each page."""
@@ -71,16 +96,21 @@ class PagePool:
                 self._free.append(page)
 
     def to(self, device: torch.device | str) -> PagePool:
-        """The same pages on ``device``."""
-        moved = copy.copy(self)
+        """A pool with the same pages on ``device``."""
+        moved = PagePool(self.layout, torch.device(device))
         moved._free, moved._holders = list(self._free), self._holders.copy()
-        moved.data = self.data.to(device, non_blocking=True)
+        moved._data = self.data.to(device, copy=True)
         return moved
 
     def _grow(self, needed: int) -> None:
         old = self.capacity
+        self._extend(needed)
+        self._free[:0] = range(self.capacity - 1, old - 1, -1)
+
+    def _extend(self, needed: int) -> None:
+        """Allocates so that ``capacity`` is ``needed`` pages or more."""
+        old = self.capacity
         capacity = needed if old == 0 else max(needed, old + -(-old // 32))
-        data = self.data.new_empty((capacity, *self.data.shape[1:]))
-        data[:old] = self.data
-        self.data = data
-        self._free[:0] = range(capacity - 1, old - 1, -1)
+        data = self._data.new_empty((capacity, *self.page_shape))
+        data[:old] = self._data
+        self._data = data
