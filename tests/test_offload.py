@@ -168,7 +168,9 @@ def test_a_copy_and_its_original_go_their_own_ways() -> None:
     model = llama()
     offloaded, resident = pair(model)
     for cache in (offloaded, resident):
-        teacher_forced(model, tokens(1, 600), [600], cache)
+        teacher_forced(model, tokens(1, 300), [300], cache)
+    # Room for a page of the tokens in the tail, and for one that will differ.
+    assert pools(offloaded)[0].capacity == pools(offloaded)[0].used + 2
     copied = copy.deepcopy(offloaded)
     expected = copy.deepcopy(resident)
     for seed in (1, 2):
@@ -408,6 +410,26 @@ def test_a_moved_batch_is_resident() -> None:
     assert moved.pool.host_nbytes == 0
     for found, wanted in zip(moved.dense(), expected):
         assert torch.equal(found, wanted)
+
+
+def test_a_copy_that_fails_leaves_no_wrong_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    staging = Staging("cpu")
+    batches = [packed_kv(staging) for _ in range(3)]
+    for number, batch in enumerate(batches):
+        batch.append(*states("gaussian", 2, HEADS, 500, HEAD_DIM, seed=number))
+    expected = [batch.dense() for batch in batches]
+    load_into = OffloadedPool.load_into
+
+    def interrupted(pool: OffloadedPool, data: Tensor) -> None:
+        load_into(pool, data)
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OffloadedPool, "load_into", interrupted)
+        with pytest.raises(torch.OutOfMemoryError):
+            batches[0].dense()
+    for batch, wanted in zip(reversed(batches), reversed(expected)):
+        assert torch.equal(batch.dense()[0], wanted[0])
 
 
 def test_steps_of_a_kernel_copy_their_pages_back() -> None:
