@@ -498,12 +498,11 @@ def test_the_device_holds_two_layers() -> None:
     model = AutoModelForCausalLM.from_config(config).eval().cuda()
     model.set_attn_implementation("oscar")
     ids = tokens(4, 3000).cuda()
-    used = []
+    used, pages = [], 0
     for cache in pair(model):
         before = torch.cuda.memory_allocated()
         model(ids, past_key_values=cache, logits_to_keep=1)
         model(ids[:, :1], past_key_values=cache)
         used.append(torch.cuda.memory_allocated() - before)
         pages = sum(pool.used * HEADS * pool.layout.page_bytes for pool in pools(cache))
-        del cache
     assert used[0] <= used[1] - 5 / 8 * pages

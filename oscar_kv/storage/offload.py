@@ -11,6 +11,7 @@ import copy
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -83,19 +84,18 @@ class OffloadedPool(PagePool):
 
     def _new_chunk(self) -> Tensor:
         pinned = self.staging.device.type == "cuda"
-        return torch.empty((self._per_chunk, *self.page_shape), dtype=torch.uint8, pin_memory=pinned)
+        return torch.empty(
+            (self._per_chunk, *self.page_shape), dtype=torch.uint8, pin_memory=pinned
+        )
 
     def _runs(self, ids: Iterable[int]) -> Iterator[tuple[Tensor, slice]]:
         """Consecutive pages in CPU memory, and which of ``data`` they are."""
-        pages = sorted(ids)
-        begin = 0
-        for end, page in enumerate(pages, 1):
-            following = pages[end] if end < len(pages) else None
-            if following != page + 1 or following % self._per_chunk == 0:
-                first, stop = pages[begin], page + 1
-                chunk, row = divmod(first, self._per_chunk)
-                yield self._chunks[chunk][row : row + stop - first], slice(first, stop)
-                begin = end
+        numbered = enumerate(sorted(ids))
+        for _, run in groupby(numbered, lambda at: (at[1] - at[0], at[1] // self._per_chunk)):
+            pages = [page for _, page in run]
+            chunk, row = divmod(pages[0], self._per_chunk)
+            host = self._chunks[chunk][row : row + len(pages)]
+            yield host, slice(pages[0], pages[-1] + 1)
 
 
 class _Buffer:
@@ -180,7 +180,9 @@ class Staging:
             buffer.bytes.record_stream(stream)
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             pool.load_into(buffer.view(pool))
-            buffer.loaded = None if stream is None else stream.record_event()
+            if stream is not None:
+                buffer.loaded = torch.cuda.Event()
+                buffer.loaded.record(stream)
         buffer.owner = weakref.ref(pool)
         return buffer
 
