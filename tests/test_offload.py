@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache as once
 from pathlib import Path
@@ -138,6 +139,21 @@ def test_layers_of_other_kinds(name: str) -> None:
     offloaded, resident = pair(model)
     found = teacher_forced(model, ids, chunks, offloaded)
     assert torch.equal(found, teacher_forced(model, ids, chunks, resident))
+
+
+@torch.no_grad()
+def test_states_in_use_outlive_the_buffer_they_were_in() -> None:
+    """The first layer's, read after all others have passed through both buffers."""
+    found = []
+    for cache in pair(llama()):
+        torch.manual_seed(7)
+        held = []
+        for length in (600, 1):
+            new = [torch.randn(2, 2, length, 32) for _ in range(LAYERS)]
+            held = [cache.update(states, -states, layer) for layer, states in enumerate(new)]
+        found.append([states.clone() for states in held[0]])
+    for offloaded, resident in zip(*found):
+        assert torch.equal(offloaded, resident)
 
 
 CHANGES: dict[str, Callable[[OscarCache], None]] = {
@@ -452,6 +468,60 @@ def test_steps_of_a_kernel_copy_their_pages_back() -> None:
     assert one.pages_per_sequence == [2, 2]
     for found, wanted in zip(one.dense(), expected.dense()):
         assert torch.equal(found, wanted)
+
+
+class _Recorder:
+    """Stands for a stream or an event of CUDA, and says in ``log`` what it was asked for."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: _Recorder) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    wait_event = wait_stream
+
+    def record(self, stream: _Recorder) -> None:
+        self.log.append(f"{self.name} on {stream.name}")
+
+
+def test_what_waits_for_what_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers of a buffer are done before the copy into it begins, which ends before new ones."""
+    staging = Staging("cpu")
+    first, *others = (packed_kv(staging) for _ in range(3))
+    for batch in (first, *others):
+        batch.append(*states("gaussian", 2, HEADS, 300, HEAD_DIM))
+    log: list[str] = []
+    current, load_into = _Recorder("current", log), OffloadedPool.load_into
+
+    def logged(pool: OffloadedPool, data: Tensor) -> None:
+        log.append("copies")
+        load_into(pool, data)
+
+    @contextmanager
+    def on(stream: _Recorder) -> Iterator[None]:
+        log.append(f"{stream.name} {{")
+        yield
+        log.append("}")
+
+    monkeypatch.setattr(staging, "_stream", _Recorder("side", log))
+    monkeypatch.setattr(OffloadedPool, "load_into", logged)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: _Recorder("event", log))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("host waits"))
+    monkeypatch.setattr(
+        Tensor, "record_stream", lambda _, stream: log.append(f"kept for {stream.name}")
+    )
+    first.pool.prefetch()
+    copied = ["side waits for current", "kept for side", "side {", "copies", "event on side", "}"]
+    assert log == copied
+    first.dense()
+    assert log == [*copied, "current waits for event"]
+    log.clear()
+    others[1].pool.prefetch()  # is there
+    first.crop([200, 300])  # reads a page on the host
+    assert log == ["host waits"]
 
 
 # -- on a GPU --------------------------------------------------------------------------------

@@ -447,8 +447,8 @@ class PackedKV:
 
     @owns_tensors
     def to(self, device: torch.device | str) -> PackedKV:
-        """A batch of the same sequences on ``device``. Do not append to both: tensors that are
-        there already are shared."""
+        """A batch of the same sequences on ``device``, none of it offloaded. Do not append to both:
+        tensors that are there already are shared."""
         moved = copy.copy(self)
         moved._sequences = [replace(sequence) for sequence in self._sequences]
         moved.pool = self.pool.to(device)
