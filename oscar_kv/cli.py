@@ -106,23 +106,29 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     cuda_graph: CudaGraph = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep the quantized pages in CPU memory.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a quantized cache; text on stdout, the rest on stderr."""
     text = _read_prompt(prompt, prompt_file)
     _check_sampling(preset, temperature)
+    if offload and preset == FULL_PRECISION:
+        raise ValueError(f"--offload: needs a preset, not {FULL_PRECISION}")
 
     import torch
     from transformers import TextStreamer
 
     from oscar_kv import generation
     from oscar_kv.evaluation.quality import make_cache
+    from oscar_kv.integrations.transformers import OscarCache
     from oscar_kv.render import size
 
     loaded = _load(model, preset, dtype, device)
     ids = loaded.encode(text)
     generation.check_length(loaded.model.config, ids.shape[1], max_new_tokens)
-    cache = make_cache(loaded.model, preset)
+    cache = make_cache(loaded.model, preset, offloading=offload)
     streamer = None if as_json else TextStreamer(loaded.tokenizer, skip_special_tokens=True)
     tokens: list[generation.Token] = []
     graph = generation.decode_graph(loaded.model, cache, cuda_graph)
@@ -147,6 +153,7 @@ def generate(
     if streamer is not None:
         streamer.end()
     used, full = generation.cache_nbytes(cache), generation.full_precision_nbytes(cache)
+    on_host = cache.host_nbytes if isinstance(cache, OscarCache) else 0
     speed = generation.tokens_per_second(tokens)
     if as_json:
         written = loaded.tokenizer.decode([t.id for t in tokens], skip_special_tokens=True)
@@ -161,6 +168,7 @@ def generate(
                 "prompt_tokens": ids.shape[1],
                 "new_tokens": len(tokens),
                 "kv_bytes": used,
+                "host_kv_bytes": on_host,
                 "full_precision_kv_bytes": full,
                 "ratio": full / used,
                 "prompt_seconds": tokens[0].seconds,
@@ -168,9 +176,10 @@ def generate(
             }
         )
     rate = "" if speed is None else f", {speed:.1f} tokens/s"
+    place = f"; {size(on_host)} of it in CPU memory" if offload else ""
     _say(
         f"KV cache of {ids.shape[1] + len(tokens) - 1:,} tokens: {size(used)} ({preset}) instead "
-        f"of {size(full)} ({loaded.dtype}), {full / used:.2f}x smaller{rate}"
+        f"of {size(full)} ({loaded.dtype}), {full / used:.2f}x smaller{rate}{place}"
     )
 
 

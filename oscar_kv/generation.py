@@ -108,6 +108,7 @@ def can_be_captured(model: Any, cache: Cache) -> bool:
     if (
         model.device.type != "cuda"
         or model.config._attn_implementation != "oscar"
+        or cache.offloading
         or not all(isinstance(layer, OscarLayer) for layer in cache.layers)
     ):
         return False
@@ -133,7 +134,8 @@ def decode_graph(model: Any, cache: Cache, wanted: bool | None = None) -> Decode
     possible = can_be_captured(model, cache)
     if wanted and not possible:
         raise ValueError(
-            "--cuda-graph: needs a GPU, a preset, and a model whose layers all are full attention"
+            "--cuda-graph: needs a GPU, a preset, and a model whose layers all are full attention; "
+            "cannot be had with --offload"
         )
     return DecodeGraph(model, cache) if possible and wanted is not False else None
 
@@ -198,6 +200,8 @@ def tokens_per_second(tokens: list[Token]) -> float | None:
 
 def cache_nbytes(cache: Cache) -> int:
     """Bytes that ``cache`` has allocated for keys, values and other states."""
+    if isinstance(cache, OscarCache):
+        return cache.nbytes
     return sum(sum(layer_memory(layer).values()) for layer in cache.layers)
 
 

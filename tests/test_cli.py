@@ -119,6 +119,21 @@ def test_generate_reports_what_was_allocated(run: Run, llama: Path, preset: str)
     assert result["ratio"] == pytest.approx(result["full_precision_kv_bytes"] / result["kv_bytes"])
 
 
+def test_generate_with_pages_in_cpu_memory(run: Run, llama: Path) -> None:
+    args = ("generate", "--model", llama, "--prompt", TEXT, "--max-new-tokens", 9)
+    resident, offloaded = (
+        json.loads(run(*args, *more, "--json")[1]) for more in ((), ("--offload",))
+    )
+    assert offloaded["text"] == resident["text"]
+    assert resident["host_kv_bytes"] == 0
+    assert offloaded["kv_bytes"] > offloaded["host_kv_bytes"] > 0
+    _, _, err = run(*args, "--offload")
+    assert "of it in CPU memory" in err
+    code, _, err = run(*args, "--offload", "--preset", "full")
+    assert code == 2
+    assert "--offload: needs a preset" in err
+
+
 def test_generate_in_full_precision_is_greedy_search(run: Run, llama: Path, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(TEXT, encoding="utf-8")

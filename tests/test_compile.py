@@ -78,3 +78,28 @@ def test_layers_and_batches_share_what_is_compiled() -> None:
             for batch in (1, 4):
                 logits(model, batch, length=1)
     assert counts[0] == counts[1] > 0
+
+
+@torch.no_grad()
+def test_generating_and_going_on_after_a_rollback() -> None:
+    """Two turns over one cache, resident or offloaded; of the first answer most is cut away."""
+    model, graphs = compiled(3, "oscar")
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    prompt = torch.arange(500).view(2, -1) % 300
+
+    def turns(offloading: bool) -> list[Any]:
+        cache = OscarCache(model.config, offloading=offloading)
+        options = {"past_key_values": cache, "max_new_tokens": 8}
+        first = model.generate(prompt, **options)
+        cache.crop(-5)
+        ids = torch.cat([first[:, : cache.get_seq_length()], prompt[:, :9]], 1)
+        second = model.generate(ids, **options)
+        assert [packed.pages_per_sequence for packed in cache.packed_layers()] == [[1, 1]] * 3
+        return [first.tolist(), second.tolist()]
+
+    with torch.compiler.set_stance("force_eager"):
+        expected = turns(offloading=False)
+    assert not graphs
+    for offloading in (False, True):
+        assert turns(offloading) == expected
+    assert graphs

@@ -248,27 +248,6 @@ def test_reset_forgets_everything() -> None:
     assert_same_states(layer, filled_layer(140, batch=3, seed=4))
 
 
-def test_states_in_use_survive_offloading() -> None:
-    """A cache with offloading sends a layer away before the attention function has read it."""
-    layer = filled_layer()
-    keys, _ = layer.update(*states(1, seed=1))
-    assert isinstance(keys, LazyStates)
-    in_use = keys.view_of.packed
-    tail, pages = in_use.tail_keys, in_use.pool.data
-    layer.offload()
-    assert layer.packed is not in_use
-    assert layer.packed is not None
-    assert layer.packed.pool is not in_use.pool
-    assert in_use.tail_keys is tail
-    assert in_use.pool.data is pages
-    layer.prefetch()
-    expected = filled_layer()
-    expected.update(*states(1, seed=1))
-    for each in (layer, expected):
-        each.update(*states(100, seed=2))
-    assert_same_states(layer, expected)
-
-
 def test_inference_mode_can_be_left() -> None:
     with torch.inference_mode():
         layer = filled_layer(250)
@@ -423,19 +402,6 @@ def test_batch_rows_can_be_selected_between_steps() -> None:
     continued = teacher_forced(model, rows[:, 300:], [1, 9], cache)
     fresh = teacher_forced(model, rows, [300, 1, 9], OscarCache(model.config))
     assert torch.allclose(continued, fresh[:, 300:], atol=1e-3)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="moves layers between CPU and GPU")
-@pytest.mark.parametrize("name", ["Llama", "Gemma3Text"])
-def test_offloading_changes_nothing(name: str) -> None:
-    model = copy.deepcopy(FAMILIES[name].model("oscar")).cuda()
-    ids, chunks = tokens(2, 512).cuda(), [300, 1, 5, 200, 1, 5]
-    resident = teacher_forced(model, ids, chunks, OscarCache(model.config))
-    cache = OscarCache(model.config, offloading=True)
-    assert torch.equal(teacher_forced(model, ids, chunks, cache), resident)
-    offloaded = [layer.packed for layer in cache.layers if isinstance(layer, OscarLayer)][-1]
-    assert offloaded is not None
-    assert offloaded.device.type == "cpu"
 
 
 def test_memory_counts_every_layer() -> None:

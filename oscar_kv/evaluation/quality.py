@@ -36,11 +36,11 @@ class Score:
         return {**asdict(self), "perplexity": self.perplexity}
 
 
-def make_cache(model: PreTrainedModel, name: str) -> Cache:
+def make_cache(model: PreTrainedModel, name: str, *, offloading: bool = False) -> Cache:
     """An empty cache for ``model``: :data:`FULL_PRECISION`, or the preset called ``name``."""
     if name == FULL_PRECISION:
-        return DynamicCache(config=model.config)
-    return OscarCache(model.config, OscarConfig.preset(name))
+        return DynamicCache(config=model.config, offloading=offloading)
+    return OscarCache(model.config, OscarConfig.preset(name), offloading=offloading)
 
 
 def score(

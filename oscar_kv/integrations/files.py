@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.integrations.transformers import OscarCache, OscarLayer, layer_memory
 from oscar_kv.storage.files import load_packed, save_packed
+from oscar_kv.storage.offload import Staging
 
 
 def save_cache(cache: OscarCache, path: str | Path) -> None:
@@ -36,7 +37,11 @@ def save_cache(cache: OscarCache, path: str | Path) -> None:
 
 
 def load_cache(
-    path: str | Path, model_config: PreTrainedConfig, device: torch.device | str = "cpu"
+    path: str | Path,
+    model_config: PreTrainedConfig,
+    device: torch.device | str = "cpu",
+    *,
+    offloading: bool = False,
 ) -> OscarCache:
     """Reads what :func:`save_cache` wrote.
 
@@ -44,13 +49,18 @@ def load_cache(
         path: of the file.
         model_config: config of the model that the cache is for.
         device: where the cache will live.
+        offloading: as in :class:`OscarCache`; whether the saved one was offloaded does not matter.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no such file, is damaged, or was written for another model.
     """
-    packed, extra, about = load_packed(path, device)
-    cache = OscarCache(model_config, next(iter(packed.values())).config)
+    staging = Staging(device) if offloading else None
+    packed, extra, about = load_packed(path, device, staging)
+    config = next(iter(packed.values())).config
+    cache = OscarCache(model_config, config, offloading=offloading)
+    if cache.staging is not None and staging is not None:
+        cache.staging[staging.device] = staging
     made_for = about.get("made_for", {})
     for name in made_for.keys() & cache.made_for.keys():
         if made_for[name] != cache.made_for[name]:

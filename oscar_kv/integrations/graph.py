@@ -62,11 +62,14 @@ class DecodeGraph:
 
     def __init__(self, model: Any, cache: Any, *, starts: Tensor | None = None) -> None:
         require_cuda(model.device)
-        if isinstance(cache, OscarCache) and model.config._attn_implementation != "oscar":
-            raise ValueError(
-                f"attn_implementation={model.config._attn_implementation!r}: expected "
-                '"oscar", which reads lengths on the device'
-            )
+        if isinstance(cache, OscarCache):
+            if model.config._attn_implementation != "oscar":
+                raise ValueError(
+                    f"attn_implementation={model.config._attn_implementation!r}: expected "
+                    '"oscar", which reads lengths on the device'
+                )
+            if cache.offloading:
+                raise ValueError("offloading: a CUDA graph cannot fetch pages from CPU memory")
         self.model, self.cache = model, cache
         self.starts = None if starts is None else starts.to(model.device, torch.int32)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -135,6 +138,11 @@ class DecodeGraph:
         self._graph = None  # its memory, before there is another
         if isinstance(self.cache, OscarCache):
             for packed in self.cache.packed_layers():
+                if packed.device != self.model.device:
+                    raise ValueError(
+                        f"layers are on {self.model.device} and {packed.device}: a CUDA graph "
+                        "needs all of them on one device"
+                    )
                 require_kernels(packed.layout, packed.device)
                 if not packed.reserved_tokens:
                     raise ValueError("the cache has no room left: call reserve() first")

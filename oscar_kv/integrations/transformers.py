@@ -34,20 +34,33 @@ from oscar_kv.integrations.models import (
 )
 from oscar_kv.kernels import append
 from oscar_kv.storage.layout import PageLayout
+from oscar_kv.storage.offload import StagingByDevice
 from oscar_kv.storage.ownership import owns_tensors
 from oscar_kv.storage.packed import PackedKV
 
 
 class OscarLayer(CacheLayerMixin):
-    """The quantized cache of one full-attention layer."""
+    """The quantized cache of one full-attention layer, on the device of the first states it gets.
+
+    Args:
+        config: what is quantized and how.
+        max_tokens: makes room for sequences of this length up front.
+        staging: what offloaded pages come to; pages stay on the device if omitted.
+    """
 
     is_sliding = False
 
-    def __init__(self, config: OscarConfig, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        config: OscarConfig,
+        max_tokens: int | None = None,
+        staging: StagingByDevice | None = None,
+    ) -> None:
         # not super().__init__(): it would set keys and values, which are computed here
         self.is_initialized = False
         self.config = config
         self.max_tokens = max_tokens
+        self.staging = staging
         self.packed: PackedKV | None = None
         self.starts: Tensor | None = None
         """int32 ``[B]``: first visible positions, for steps without a mask."""
@@ -99,12 +112,12 @@ class OscarLayer(CacheLayerMixin):
         return -1
 
     def offload(self) -> None:
-        if self.packed is not None:
-            self.packed = self.packed.to("cpu")
+        """Nothing is left to do: offloaded pages are copied to the CPU as they are written."""
 
     def prefetch(self) -> None:
+        """Begins to bring offloaded pages to the device, if they are not there."""
         if self.packed is not None:
-            self.packed = self.packed.to(self.device)
+            self.packed.pool.prefetch()
 
     def reset(self) -> None:
         self.packed, self.is_initialized, self.starts = None, False, None
@@ -154,6 +167,7 @@ class OscarLayer(CacheLayerMixin):
             dtype=key_states.dtype,
             device=key_states.device,
             max_tokens=self.max_tokens,
+            staging=None if self.staging is None else self.staging[key_states.device],
         )
 
     def adopt(self, packed: PackedKV) -> None:
@@ -173,7 +187,8 @@ class OscarCache(Cache):
         config: ``OscarConfig.compact()`` if omitted.
         max_tokens: makes room for sequences of this length up front; memory grows as needed if
             omitted.
-        offloading: keep layers in CPU memory while other layers compute.
+        offloading: keep pages in CPU memory; those of a layer come to its device while the layer
+            before it computes. What is not quantized stays on the device.
 
     Raises:
         ValueError: if the model has no full-attention layer, a head size without a layout, an
@@ -203,6 +218,7 @@ class OscarCache(Cache):
         require_usable_cache(model_config)
         self.made_for = identity(model_config)
         """Fields of the model's config by which a file tells whose cache it holds."""
+        self.staging = StagingByDevice() if offloading else None
         layers: list[Any] = []
         for layer, layer_config in cache_layers(model_config):
             if not is_quantized(layer):
@@ -210,8 +226,9 @@ class OscarCache(Cache):
                 continue
             if head_dim := head_dim_of(layer_config):
                 PageLayout(self.config, head_dim, 1)  # raises for a size without a layout
-            layers.append(OscarLayer(self.config, max_tokens))
-        super().__init__(layers=layers, offloading=offloading)
+            layers.append(OscarLayer(self.config, max_tokens, self.staging))
+        super().__init__(layers=layers)  # whose offloading moves whole layers, both ways each time
+        self.offloading = offloading
         self._torn = False
         self._latest: tuple[int, int] | None = None
         """The layer that was updated last, and the thread that did it."""
@@ -237,12 +254,20 @@ class OscarCache(Cache):
         self._latest = layer_idx, threading.get_ident()
         if self._torn:
             raise ValueError("an earlier forward pass failed half-way: call reset() first")
+        layer: Any = self.layers[layer_idx]
         try:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            if self.offloading and isinstance(layer, OscarLayer):
+                self._prefetch(layer)
+            return layer.update(key_states, value_states, *args, **kwargs)
         except Exception:
-            failed: Any = self.layers[layer_idx]
-            self._roll_back(failed.get_seq_length(), self.layers[:layer_idx])
+            self._roll_back(layer.get_seq_length(), self.layers[:layer_idx])
             raise
+
+    def _prefetch(self, layer: OscarLayer) -> None:
+        """Has the pages of ``layer`` and of the quantized layer after it on their way."""
+        layers = self._quantized()
+        layer.prefetch()
+        layers[(layers.index(layer) + 1) % len(layers)].prefetch()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the forward passes that came to their end."""
@@ -258,7 +283,7 @@ class OscarCache(Cache):
 
     def _before_unfinished_pass(self) -> int | None:
         """How long quantized layers were before a pass that has not reached all of them."""
-        layers = [layer for layer in self.layers if isinstance(layer, OscarLayer)]
+        layers = self._quantized()
         if layers[0].get_seq_length() == layers[-1].get_seq_length():
             return None
         lengths = [layer.get_seq_length() for layer in layers]
@@ -302,7 +327,8 @@ class OscarCache(Cache):
         """Sets memory aside for ``tokens`` more tokens; see :meth:`PackedKV.reserve`.
 
         Raises:
-            ValueError: before the prompt, or for a model with layers that are not quantized.
+            ValueError: before the prompt, for a model with layers that are not quantized, or with
+                offloading.
         """
         for packed in self.packed_layers():
             packed.reserve(tokens)
@@ -312,13 +338,16 @@ class OscarCache(Cache):
         for packed in self.packed_layers():
             packed.advance(tokens)
 
+    def _quantized(self) -> list[OscarLayer]:
+        return [layer for layer in self.layers if isinstance(layer, OscarLayer)]
+
     def packed_layers(self) -> list[PackedKV]:
         """What every layer holds, first layer first.
 
         Raises:
             ValueError: before the prompt, or for a model with layers that are not quantized.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, OscarLayer)]
+        layers = self._quantized()
         if len(layers) < len(self.layers):
             others = sorted({type(x).__name__ for x in self.layers if x not in layers})
             raise ValueError(f"only for models whose layers are all quantized, not {others}")
@@ -335,10 +364,12 @@ class OscarCache(Cache):
     def memory(self) -> dict[str, int]:
         """Bytes allocated by kind, summed over layers.
 
-        The kinds of :meth:`PackedKV.memory`, and ``other`` for the states of layers that are
-        not quantized.
+        The kinds of :meth:`PackedKV.memory`, ``other`` for the states of layers that are not
+        quantized and, with offloading, ``staging`` for pages on their way through a device.
         """
         kinds: dict[str, int] = {}
+        if self.staging is not None:
+            kinds["staging"] = sum(staging.nbytes for staging in self.staging.values())
         for layer in self.layers:
             for kind, count in layer_memory(layer).items():
                 kinds[kind] = kinds.get(kind, 0) + count
@@ -348,6 +379,12 @@ class OscarCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated: the sum of :meth:`memory`."""
         return sum(self.memory().values())
+
+    @property
+    def host_nbytes(self) -> int:
+        """How many of these are in CPU memory because of ``offloading``."""
+        held = [layer.packed for layer in self._quantized() if layer.packed is not None]
+        return sum(packed.pool.host_nbytes for packed in held)
 
 
 def layer_memory(layer: Any) -> dict[str, int]:

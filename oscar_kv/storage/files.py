@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oscar_kv.config import OscarConfig
+from oscar_kv.storage.offload import Staging
 from oscar_kv.storage.packed import PackedKV
 
 FORMAT_VERSION = 3
@@ -77,8 +78,15 @@ def save_packed(
     save_file(tensors, str(path), metadata=metadata)
 
 
-def load_packed(path: str | Path, device: torch.device | str = "cpu") -> Contents:
+def load_packed(
+    path: str | Path, device: torch.device | str = "cpu", staging: Staging | None = None
+) -> Contents:
     """Reads what :func:`save_packed` wrote.
+
+    Args:
+        path: of the file.
+        device: where the sequences will live.
+        staging: of this device, if pages are to stay in CPU memory.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -104,11 +112,13 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu") -> Content
         raise ValueError(f"{path}: damaged (its checksum is not that of its contents)")
     try:
         description = json.loads(text)
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        caches = _rebuild(description["caches"], tensors, device)
+        if staging is None:
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        caches = _rebuild(description["caches"], tensors, device, staging)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
-    extra = {k.removeprefix("extra/"): t for k, t in tensors.items() if k.startswith("extra/")}
+    others = {k.removeprefix("extra/"): t for k, t in tensors.items() if k.startswith("extra/")}
+    extra = {name: tensor.to(device) for name, tensor in others.items()}
     return Contents(caches, extra, description["about"])
 
 
@@ -122,7 +132,10 @@ def checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _rebuild(
-    described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str
+    described: dict[str, Any],
+    tensors: dict[str, Tensor],
+    device: torch.device | str,
+    staging: Staging | None,
 ) -> dict[str, PackedKV]:
     caches = {}
     for name, entry in described.items():
@@ -134,6 +147,7 @@ def _rebuild(
             value_head_dim=entry["value_head_dim"],
             dtype=_DTYPES[entry["dtype"]],
             device=device,
+            staging=staging,
         )
         prefix = f"cache/{name}/"
         parts = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

@@ -32,6 +32,7 @@ from oscar_kv.storage.checks import (
 )
 from oscar_kv.storage.codec import decode_pages, encode_into
 from oscar_kv.storage.layout import PageLayout
+from oscar_kv.storage.offload import OffloadedPool, Staging
 from oscar_kv.storage.ownership import owns_tensors
 from oscar_kv.storage.pool import PagePool
 from oscar_kv.storage.sequence import SequenceState, group_by_shape
@@ -53,9 +54,10 @@ class PackedKV:
         dtype: of the full-precision tokens: float16, bfloat16 or float32.
         device: where everything lives.
         max_tokens: makes room for sequences of this length; the pool grows as needed if omitted.
+        staging: of this device; pages are then kept in CPU memory and come there for use.
 
     Raises:
-        ValueError: for sizes that have no page layout.
+        ValueError: for sizes that have no page layout, or the staging of another device.
         TypeError: for another dtype, or something else than a config.
     """
 
@@ -71,6 +73,7 @@ class PackedKV:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_tokens: int | None = None,
+        staging: Staging | None = None,
     ) -> None:
         if not isinstance(config, OscarConfig):
             raise TypeError(f"config is a {type(config).__name__}: expected an OscarConfig")
@@ -81,8 +84,14 @@ class PackedKV:
         self.config = config
         self.layout = PageLayout(config, head_dim, num_kv_heads, value_head_dim)
         self.dtype = dtype
-        device = torch.device(device)
-        self.pool = PagePool(self.layout, device)
+        device = torch.empty(0, device=device).device  # with its index
+        if staging is not None and staging.device != device:
+            raise ValueError(f"staging is on {staging.device}: this cache is on {device}")
+        self.pool = (
+            PagePool(self.layout, device)
+            if staging is None
+            else OffloadedPool(self.layout, staging)
+        )
         if max_tokens is not None:
             self.pool.make_room(batch_size * self._pages_at(max_tokens))
         self._sequences = [SequenceState() for _ in range(batch_size)]
@@ -299,6 +308,7 @@ class PackedKV:
             for write, page_ids in zip(writes, packed):
                 if write.pages:
                     pack(self.pool.data, page_ids, *write.whole, self.layout, pages=write.pages)
+            self.pool.store(ids)
         except BaseException:
             self.pool.release(ids)
             raise
@@ -352,7 +362,7 @@ class PackedKV:
         numbers = None if uniform else torch.tensor(counts, dtype=torch.int32, device=self.device)
         step(self, keys, values, numbers)
         self._undo = undo
-        self._advance(counts)
+        self.pool.store(self._advance(counts))
         if not self.config.check_finite and keys.shape[2] > self.config.recent_tokens:
             return zero_nonfinite(keys, values)
         return keys, values
@@ -365,10 +375,12 @@ class PackedKV:
         A prompt, a rollback or a selection gives up what is left.
 
         Raises:
-            ValueError: for a negative number.
+            ValueError: for a negative number, or if pages are offloaded: the host moves these.
         """
         if tokens < 0:
             raise ValueError(f"tokens={tokens}: expected a number >= 0")
+        if isinstance(self.pool, OffloadedPool):
+            raise ValueError("reserve: pages are offloaded, so every step needs the host")
         self._device_leads = True
         self.version = object()
         wanted = [self._pages_after(s, tokens) - len(s.pages + s.reserved) for s in self._sequences]
@@ -421,7 +433,7 @@ class PackedKV:
             whole, rest = divmod(length - sinks, PAGE_TOKENS)
             if whole < len(sequence.pages):
                 if rest:
-                    page = self.pool.data[sequence.pages[whole]].unsqueeze(0)
+                    page = self.pool.stored([sequence.pages[whole]]).to(self.device)
                     cut_keys, cut_values = decode_pages(page, self.layout, self.dtype)
                     self.tail_keys[row, :, :rest] = cut_keys[0, :, :rest]
                     self.tail_values[row, :, :rest] = cut_values[0, :, :rest]
@@ -461,15 +473,15 @@ class PackedKV:
 
     @owns_tensors
     def to(self, device: torch.device | str) -> PackedKV:
-        """A batch of the same sequences on ``device``. Do not append to both: tensors that are
-        there already are shared."""
+        """A batch of the same sequences on ``device``, none of it offloaded. Do not append to both:
+        tensors that are there already are shared."""
         moved = copy.copy(self)
         moved._sequences = [replace(sequence) for sequence in self._sequences]
         moved.pool = self.pool.to(device)
         moved._release_reserved()
         moved._undo = None
         for name in (*_BATCHED, "nonfinite"):
-            setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
+            setattr(moved, name, getattr(self, name).to(device))
         return moved
 
     @owns_tensors
@@ -502,7 +514,7 @@ class PackedKV:
         ]
         tail, sinks = max(self.tails_per_sequence), max(self.sinks_per_sequence)
         return sequences, {
-            "pages": self.pages(torch.tensor(live, dtype=torch.int32, device=self.device)),
+            "pages": self.pool.stored(live),
             "tail_keys": self.tail_keys[:, :, :tail],
             "tail_values": self.tail_values[:, :, :tail],
             "sink_keys": self.sink_keys[:, :, :sinks],
@@ -557,14 +569,18 @@ class PackedKV:
         tail = sequence.tail + tokens - min(tokens, self.config.sink_tokens - sequence.sinks)
         return len(sequence.pages) + max(0, tail - self.config.recent_tokens) // PAGE_TOKENS
 
-    def _advance(self, counts: Sequence[int]) -> None:
+    def _advance(self, counts: Sequence[int]) -> list[int]:
+        """Counts new tokens, and returns the ids of the pages that they completed."""
+        completed: list[int] = []
         for sequence, count in zip(self._sequences, counts):
             new_pages = self._pages_after(sequence, count) - len(sequence.pages)
             sinks = min(count, self.config.sink_tokens - sequence.sinks)
             sequence.sinks += sinks
             sequence.tail += count - sinks - PAGE_TOKENS * new_pages
+            completed += sequence.reserved[:new_pages]
             sequence.pages += sequence.reserved[:new_pages]
             sequence.reserved = sequence.reserved[new_pages:]
+        return completed
 
     def _undo_of(self, counts: Sequence[int]) -> Undo | None:
         """What an append of ``counts`` is about to overwrite, where a crop would miss it.

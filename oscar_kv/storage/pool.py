@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,18 +25,31 @@ class PagePool:
 
     def __init__(self, layout: PageLayout, device: torch.device) -> None:
         self.layout = layout
-        self.data: Tensor = torch.empty(
-            (0, layout.num_kv_heads, layout.page_bytes), dtype=torch.uint8, device=device
-        )
-        """uint8 ``[capacity, H, page_bytes]``."""
+        self.page_shape = layout.num_kv_heads, layout.page_bytes
+        self._data = torch.empty((0, *self.page_shape), dtype=torch.uint8, device=device)
         self._free: list[int] = []
         self._holders: Counter[int] = Counter()
         self._shares_data = False
 
     @property
+    def data(self) -> Tensor:
+        """uint8 ``[capacity, H, page_bytes]``."""
+        return self._data
+
+    @property
     def capacity(self) -> int:
         """Pages allocated, in use or not."""
-        return self.data.shape[0]
+        return self._data.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.capacity * self.layout.num_kv_heads * self.layout.page_bytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """How many of these are in CPU memory for want of room on the device."""
+        return 0
 
     @property
     def used(self) -> int:
@@ -60,8 +73,21 @@ class PagePool:
         """Stores new pages (uint8 ``[n, H, page_bytes]``), each with one holder; returns ids."""
         ids = self.allocate(pages.shape[0])
         if ids:
-            self.data[torch.tensor(ids, device=self.data.device)] = pages
+            data = self.data
+            data[torch.tensor(ids, device=data.device)] = pages.to(data.device)
+            self.store(ids)
         return ids
+
+    def prefetch(self) -> None:
+        """Begins to bring the pages to where ``data`` is, if they are kept elsewhere."""
+
+    def store(self, ids: Sequence[int]) -> None:
+        """Has new pages, which were written to ``data``, kept wherever pages are kept."""
+
+    def stored(self, ids: Sequence[int]) -> Tensor:
+        """Copies of pages, uint8 ``[n, H, page_bytes]``, on the device where pages are kept."""
+        index = torch.tensor(ids, dtype=torch.int32, device=self._data.device)
+        return self._data.index_select(0, index)
 
     def hold(self, ids: Iterable[int]) -> None:
         """Adds one holder to each page."""
@@ -76,16 +102,14 @@ class PagePool:
                 self._free.append(page)
 
     def to(self, device: torch.device | str) -> PagePool:
-        """The same pages on ``device``."""
-        moved = self._twin()
-        moved.data = self.data.to(device, non_blocking=True)
+        """A pool with the same pages on ``device``."""
+        moved = PagePool(self.layout, torch.device(device))
+        moved._free, moved._holders = list(self._free), self._holders.copy()
+        moved._data = self.data.to(device, copy=True)
         return moved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
         self._shares_data = True
-        return self._twin()
-
-    def _twin(self) -> PagePool:
         twin = copy.copy(self)
         twin._free, twin._holders = list(self._free), self._holders.copy()
         return twin
@@ -93,8 +117,13 @@ class PagePool:
     def _grow(self, needed: int) -> None:
         """Moves to a tensor of its own that holds ``needed`` pages at least."""
         old = self.capacity
+        self._extend(needed)
+        self._free[:0] = range(self.capacity - 1, old - 1, -1)
+
+    def _extend(self, needed: int) -> None:
+        """Allocates so that ``capacity`` is ``needed`` pages or more, in a tensor of its own."""
+        old = self.capacity
         capacity = max(needed, old + -(-old // 32)) if old and needed > old else max(needed, old)
-        data = self.data.new_empty((capacity, *self.data.shape[1:]))
-        data[:old] = self.data
-        self.data, self._shares_data = data, False
-        self._free[:0] = range(capacity - 1, old - 1, -1)
+        data = self._data.new_empty((capacity, *self.page_shape))
+        data[:old] = self._data
+        self._data, self._shares_data = data, False
