@@ -24,9 +24,8 @@ DEVICE = "cuda" if GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not GPU, reason="too slow, or wrong, in Triton's interpreter")
 
 # Queries, dequantized tiles and softmax weights are float16: 2**-12 relative on average, and a
-# logit's error enters its weight as it is: of thousands of rows one is beyond 2e-3. The output is
-# rounded to the query's dtype on top.
-TOLERANCE = {torch.float32: 3e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+# logit's error enters its weight as it is. The output is rounded to the query's dtype on top.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 # no page, one page exactly (with and without a window), pages and a tail
 LENGTHS = (70, 127, 128, 256, 517)
@@ -119,7 +118,8 @@ def check(
     assert found.isfinite().all()
     for one, other in zip(found.double(), wanted):
         error = torch.linalg.vector_norm(one - other)
-        assert error <= TOLERANCE[query.dtype] * other.norm() + 1e-12
+        rows = one.shape[0] * one.shape[1]  # the fewer, the less their errors are an average
+        assert error <= TOLERANCE[query.dtype] * (1 + 4 / rows) * other.norm() + 1e-12
     return found
 
 
