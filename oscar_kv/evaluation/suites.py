@@ -18,9 +18,11 @@ _PUBLISHED = (
     "kitty",
     "oscar-eigen",
 )
-_PAPER = "ablation:key_fit=minmax,value_fit=minmax,unbiased_norm=false,metadata=fp16,key_group=32"
-_PAPER += ",value_group=32,recent_tokens=0"
-_SAME = "sink_tokens=0,recent_tokens=128"
+PAPER_GRID = (
+    "ablation:key_fit=minmax,value_fit=minmax,unbiased_norm=false,metadata=fp16,key_group=32"
+)
+PAPER_GRID += ",value_group=32,recent_tokens=0"
+SAME_WINDOW = "sink_tokens=0,recent_tokens=128"
 
 SUITES: dict[str, tuple[str, ...]] = {
     # Every method with the full-precision tokens that it was published with.
@@ -28,16 +30,16 @@ SUITES: dict[str, tuple[str, ...]] = {
     # Every method with the newest 128 tokens in full precision, and no others but its blocks'.
     "same-window": (
         FULL_PRECISION,
-        *(f"{name}:{_SAME}" for name in (*_PUBLISHED, *PRESETS)),
+        *(f"{name}:{SAME_WINDOW}" for name in (*_PUBLISHED, *PRESETS)),
     ),
     # Ours taken apart. The first is `compact`; the paper's own ablation follows.
     "ablation": (
         FULL_PRECISION,
         "ablation",
-        f"{_PAPER},rotation=false,token_scale=none",
-        f"{_PAPER},token_scale=none",
-        f"{_PAPER},rotation=false,token_scale=cross_head",
-        f"{_PAPER},token_scale=cross_head",
+        f"{PAPER_GRID},rotation=false,token_scale=none",
+        f"{PAPER_GRID},token_scale=none",
+        f"{PAPER_GRID},rotation=false,token_scale=cross_head",
+        f"{PAPER_GRID},token_scale=cross_head",
         "ablation:rotation=false",
         "ablation:token_scale=none",
         "ablation:token_scale=cross_head",

@@ -50,7 +50,7 @@ class Recall:
         values: numbers of five digits behind every name.
         depths: rows of the heat map.
         trials: texts per length (and depth, if ``keys`` is 1).
-        definition: the needle; ``{key}`` and ``{value}`` are filled in.
+        definition: the needle, put where a line ends; ``{key}`` and ``{value}`` are filled in.
         question: likewise; the answer is its ``{value}``.
         step: tokens per forward pass.
     """
@@ -60,8 +60,8 @@ class Recall:
     values: int = 1
     depths: int = 8
     trials: int = 4
-    definition: str = "REF_{key} = {value}\n"
-    question: str = "assert REF_{key} == {value}\n"
+    definition: str = "\nREF_{key} = {value}"
+    question: str = "\nassert REF_{key} == {value}"
     step: int = 32
     name: ClassVar[str] = "recall"
 
@@ -136,8 +136,8 @@ class Recall:
         planted = [self._encode(tokenizer, self.definition, *n[:2])[0] for n in needles]
         filler = filler[: length - sum(map(len, planted))]
         # Only where a line ends, and from the back, so that earlier places stay where they are.
-        ends = {t for t in set(filler) if tokenizer.decode([t]).endswith("\n")}
-        lines = [i + 1 for i, token in enumerate(filler) if token in ends] or [len(filler)]
+        ends = {t for t in set(filler) if tokenizer.decode([t]).startswith("\n")}
+        lines = [i for i, token in enumerate(filler) if token in ends] or [len(filler)]
         context = list(filler)
         for (_, _, depth), ids in sorted(
             zip(needles, planted), key=lambda pair: pair[0][2], reverse=True
