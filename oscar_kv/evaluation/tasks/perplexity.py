@@ -53,21 +53,17 @@ class Perplexity:
         """
         windows = subject.windows(self.windows, self.length)
         full_losses: list[Tensor] = []
-        tallies = [Tally() for _ in contenders]
+        tallies = [_Tally() for _ in contenders]
         for tokens in windows.split(self.batch):
             prompt = exact_prompt(subject, tokens[:, : self.prefix])
-
-            def steps(
-                cache: Cache, tokens: Tensor = tokens, prompt: DynamicCache = prompt
-            ) -> Iterator[tuple[Tensor, Tensor]]:
-                return forced(subject.model, tokens, fill(cache, prompt), self.prefix, self.step)
-
-            exact = list(steps(DynamicCache(config=subject.model.config)))
+            full = fill(DynamicCache(config=subject.model.config), prompt)
+            exact = list(self._steps(subject, tokens, full))
             full_losses.append(torch.cat([_losses(*step) for step in exact], 1).sum(-1))
             for one, tally in zip(contenders, tallies):
-                cache = one.make_cache()
+                cache = fill(one.make_cache(), prompt)
                 found = torch.zeros(3, len(tokens), dtype=torch.float64)
-                for (reference, _), (logits, targets) in zip(exact, steps(cache)):
+                steps = self._steps(subject, tokens, cache)
+                for (reference, _), (logits, targets) in zip(exact, steps):
                     same = logits.argmax(-1) == reference.argmax(-1)
                     parts = _losses(logits, targets), kl_divergence(reference, logits), same
                     found += torch.stack([part.double().sum(-1).cpu() for part in parts])
@@ -75,15 +71,20 @@ class Perplexity:
                 tally.bits = bits_of(cache)
                 progress(len(tokens))
         scored = self.length - 1 - self.prefix
-        full = torch.cat(full_losses).double().cpu() / scored
+        full_loss = torch.cat(full_losses).double().cpu() / scored
         return [
-            Measured(tally.bits, _summary(torch.cat(tally.sums, 1) / scored, full, scored))
+            Measured(tally.bits, _summary(torch.cat(tally.sums, 1) / scored, full_loss, scored))
             for tally in tallies
         ]
 
+    def _steps(
+        self, subject: Subject, tokens: Tensor, cache: Cache
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return forced(subject.model, tokens, cache, self.prefix, self.step)
+
 
 @dataclass
-class Tally:
+class _Tally:
     """Sums of loss, divergence and agreement ``[3, B]`` of every batch, and the latest bits."""
 
     sums: list[Tensor] = field(default_factory=list)
