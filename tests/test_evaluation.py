@@ -286,6 +286,17 @@ def _row(name: str, bits: float, kl: float) -> runner.Row:
     return {"method": {"name": name}, "bits_per_element": bits, "result": {"kl": kl}}
 
 
+def test_the_page_shows_what_the_result_files_hold() -> None:
+    root = Path(__file__).parents[1]
+    files = sorted((root / "benchmarks" / "results" / "evaluation").glob("*.jsonl"))
+    assert files
+    page = (root / "docs" / "evaluation.md").read_text()
+    assert page.count("<!-- results: ") == len(files)
+    for file in files:
+        section = report.Section.read(file)
+        assert f"<!-- results: {section.title} -->\n\n{section.markdown()}\n<!-- end -->" in page
+
+
 def test_the_front_in_numbers() -> None:
     rows = [_row("a", 2, 0.3), _row("b", 3, 0.1), _row("c", 3, 0.2), _row("d", 4, 0.1)]
     table = report.Table({}, {"name": "perplexity"}, rows)

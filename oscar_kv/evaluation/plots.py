@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from oscar_kv.evaluation.report import Table, label
 
 _OURS = ("Oscar", "OscarCache", "Ablation")
-_MOST_MAPS = 12
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Writes ``stem.png`` and ``stem.svg``, the latter the same for the same figure."""
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "oscar-kv"}):
+        figure.savefig(files[0], dpi=120)
+        figure.savefig(files[1], metadata={"Date": None})
+    return files
 
 
 def pictures(table: Table) -> Iterator[tuple[str, Figure]]:
@@ -27,18 +37,18 @@ def pareto(table: Table) -> Figure:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     metric, front = table.primary, table.front()
-    floor = min([metric.value(r) for r in table.rows if metric.value(r) > 0], default=1e-6) / 2
     line = []
     for row in table.rows:
         bits, value = row["bits_per_element"], metric.value(row)
-        if metric.log:
-            value = max(value, floor)  # the full cache has no error
+        if metric.log and value <= 0:
+            continue  # no error at all: the full cache
         ours = row["method"]["class"] in _OURS
         axes.scatter(bits, value, color="tab:red" if ours else "tab:blue", zorder=3)
         axes.annotate(label(row), (bits, value), xytext=(4, 3), textcoords="offset points", size=7)
         if row["method"]["name"] in front:
             line.append((bits, value))
-    axes.plot(*zip(*sorted(line)), color="0.7", lw=1, zorder=1)
+    bits, values = zip(*sorted(line)) if line else ((), ())
+    axes.plot(bits, values, color="0.7", lw=1, zorder=1)
     axes.set(
         xlabel="bits per element, full-precision tokens included",
         ylabel=metric.title,
@@ -56,13 +66,12 @@ def pareto(table: Table) -> Figure:
 
 def recall_map(table: Table) -> Figure:
     """A heat map of recall per contender: depth downwards, context length to the right."""
-    rows = table.rows[:_MOST_MAPS]
-    columns = min(4, len(rows))
-    lines = -(-len(rows) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.6 * lines), layout="constrained")
+    columns = min(6, len(table.rows))
+    lines = -(-len(table.rows) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.2 * lines), layout="constrained")
     for axes in figure.subplots(lines, columns, squeeze=False).flat:
         axes.axis("off")
-    for axes, row in zip(figure.axes, rows):
+    for axes, row in zip(figure.axes, table.rows):
         shares = np.array(row["result"]["map"]).T
         axes.axis("on")
         axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")

@@ -96,11 +96,6 @@ class Table:
         )
         return f"{self.task['name']} on {self.model['name']} ({settings})"
 
-    @property
-    def slug(self) -> str:
-        """Names its pictures."""
-        return f"{self.model['name']}_{self.task['name']}"
-
     def front(self) -> set[str]:
         """Names of the contenders that none beats with as few bits."""
         sign = 1 if self.primary.higher_is_better else -1
@@ -219,7 +214,7 @@ def write(sections: Sequence[Section], folder: Path) -> list[Path]:
         ValueError: if matplotlib is missing, or the folder cannot be written.
     """
     try:
-        from oscar_kv.evaluation.plots import pictures
+        from oscar_kv.evaluation.plots import pictures, save
     except ImportError as error:
         raise ValueError("report needs matplotlib: pip install 'oscar-kv[plot]'") from error
     written, body, pages = [], [], []
@@ -232,12 +227,11 @@ def write(sections: Sequence[Section], folder: Path) -> list[Path]:
             for number, table in enumerate(section.tables):
                 body.append(table.html())
                 for kind, figure in pictures(table):
-                    stem = folder / f"{section.title}_{number}_{table.slug}_{kind}"
-                    figure.savefig(stem.with_suffix(".png"), dpi=120)
-                    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-                    drawn = stem.with_suffix(".svg").read_text(encoding="utf-8")
+                    name = f"{section.title}_{number}_{table.task['name']}_{kind}"
+                    files = save(figure, folder / name)
+                    drawn = files[-1].read_text(encoding="utf-8")
                     body.append(f"<figure>{drawn[drawn.index('<svg') :]}</figure>")
-                    written += [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+                    written += files
         for name, text in {
             "report.html": _PAGE.replace("BODY", "\n".join(body)),
             "report.md": "\n".join(pages),
