@@ -37,10 +37,11 @@ def plan(
     """The tasks that are left, each with the contenders that ``done`` (keys of rows) lacks.
 
     Raises:
-        ValueError: for an unknown contender.
+        ValueError: for an unknown contender, or text that a task cannot use.
     """
     left = []
     for task in tasks:
+        task.require(subject)
         keys = {name: key_of(_what(subject, task, name, seed)) for name in names}
         left.append(Plan(task, [name for name in names if keys[name] not in done]))
     return [one for one in left if one.names]
@@ -63,9 +64,11 @@ def run(
         seed: of whatever a task draws at random.
         progress: called with the task's name and the number of steps done.
     """
+    config = subject.model.config
+    names = dict.fromkeys(name for one in plans for name in one.names)
+    made = {name: contender(name, config, lambda: subject.calibration) for name in names}
     for one in plans:
-        config = subject.model.config
-        contenders = [contender(name, config, lambda: subject.calibration) for name in one.names]
+        contenders = [made[name] for name in one.names]
 
         def advance(steps: int, name: str = one.task.name) -> None:
             progress(name, steps)

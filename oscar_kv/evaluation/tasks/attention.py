@@ -38,6 +38,9 @@ class AttentionError:
     def count(self) -> int:
         return self.windows
 
+    def require(self, subject: Subject) -> None:
+        subject.windows(self.windows, self.length)
+
     def run(
         self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress
     ) -> list[Measured]:
@@ -50,14 +53,13 @@ class AttentionError:
             exact = [attention(q, *layer[1:]) for q, layer in zip(queries, states.values())]
             for index, one in enumerate(contenders):
                 cache = one.make_cache()
+                for number, layer in states.items():
+                    older = layer.keys[:, :, : -self.queries], layer.values[:, :, : -self.queries]
+                    cache.update(*older, layer_idx=number)
                 found = []
                 for (number, layer), query, out in zip(states.items(), queries, exact):
-                    older, newer = (
-                        [part[:, :, rows] for part in layer[1:]]
-                        for rows in (slice(-self.queries), slice(-self.queries, None))
-                    )
-                    cache.update(older[0], older[1], number)
-                    seen = (part[...] for part in cache.update(newer[0], newer[1], number))
+                    keys, values = (part[:, :, -self.queries :] for part in layer[1:])
+                    seen = (part[...] for part in cache.update(keys, values, number))
                     error = attention(query, *seen) - out
                     norms = (torch.linalg.vector_norm(part.float()) for part in (error, out))
                     found.append(float(next(norms) / next(norms)))

@@ -36,6 +36,10 @@ class Task(Protocol):
         """Windows, for a progress display."""
         ...
 
+    def require(self, subject: Subject) -> None:
+        """Raises ValueError if the text is too short."""
+        ...
+
     def run(
         self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress
     ) -> list[Measured]:

@@ -43,6 +43,9 @@ class Drift:
     def count(self) -> int:
         return self.windows
 
+    def require(self, subject: Subject) -> None:
+        subject.windows(self.windows, self.length)
+
     def run(
         self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress
     ) -> list[Measured]:

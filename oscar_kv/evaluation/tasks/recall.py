@@ -73,6 +73,9 @@ class Recall:
     def count(self) -> int:
         return len(self.lengths) * self.trials * (self.depths if self.keys == 1 else 1)
 
+    def require(self, subject: Subject) -> None:
+        subject.windows(1, max(self.lengths))
+
     def run(
         self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress
     ) -> list[Measured]:
