@@ -59,17 +59,17 @@ def evaluate(
     done = {row["key"] for row in runner.read_rows(out)}
     with progress_display() as progress:
         progress.add_task(f"loading {model}", total=None)
-        if tokens is not None:
-            rows = rows_of_array(tokens)
+        if text is not None:
+            rows = rows_of_text(text, AutoTokenizer.from_pretrained(model), row_length)
         else:
-            rows = rows_of_text(Path(str(text)), AutoTokenizer.from_pretrained(model), row_length)
+            rows = rows_of_array(str(tokens))
         subject = Subject(model, rows, dtype=dtype, device=device)
     plans = runner.plan(subject, tasks, names, seed, done)
     written = 0
     with progress_display() as progress:
-        bars = {one.task.name: progress.add_task(one.task.name, total=one.steps) for one in plans}
+        bars = [progress.add_task(one.task.name, total=one.steps) for one in plans]
         for row in runner.run(
-            subject, plans, seed, lambda name, steps: progress.advance(bars[name], steps)
+            subject, plans, seed, lambda number, steps: progress.advance(bars[number], steps)
         ):
             runner.append_row(out, row)
             written += 1

@@ -51,7 +51,7 @@ def run(
     subject: Subject,
     plans: Sequence[Plan],
     seed: int,
-    progress: Callable[[str, int], None] = lambda task, steps: None,
+    progress: Callable[[int, int], None] = lambda number, steps: None,
 ) -> Iterator[Row]:
     """Runs what is planned; yields the rows of a task when it is finished.
 
@@ -62,16 +62,16 @@ def run(
         subject: model and text.
         plans: from :func:`plan`.
         seed: of whatever a task draws at random.
-        progress: called with the task's name and the number of steps done.
+        progress: called with the number of a plan, and how many steps of it were just done.
     """
     config = subject.model.config
     names = dict.fromkeys(name for one in plans for name in one.names)
     made = {name: contender(name, config, lambda: subject.calibration) for name in names}
-    for one in plans:
+    for number, one in enumerate(plans):
         contenders = [made[name] for name in one.names]
 
-        def advance(steps: int, name: str = one.task.name) -> None:
-            progress(name, steps)
+        def advance(steps: int, number: int = number) -> None:
+            progress(number, steps)
 
         measured = one.task.run(subject, contenders, seed, advance)
         for each, found in zip(contenders, measured):
