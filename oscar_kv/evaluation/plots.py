@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
 from oscar_kv.evaluation.report import Table, label
@@ -87,6 +87,7 @@ def drift(table: Table) -> Figure:
     """KL divergence by position, a line per contender."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
     for row in table.rows:
         values = row["result"]["kl_by_position"]
         if not any(values):
@@ -100,6 +101,6 @@ def drift(table: Table) -> Figure:
         )
     axes.set(xlabel="position", ylabel="KL, nats", yscale="log", title=table.caption)
     axes.title.set_fontsize(8)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
     return figure
