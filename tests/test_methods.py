@@ -279,7 +279,7 @@ def test_unbiased_norms_keep_the_product_of_a_key_with_itself() -> None:
     for one in (TurboQuant(), TurboQuant(norm="unbiased")):
         read = one.quantize(keys, keys, 0).keys
         slopes.append((read * keys).sum(-1) / keys.square().sum(-1))
-    assert slopes[0].max() < 0.95
+    assert slopes[0].mean() < 0.9
     assert (slopes[1] - 1).abs().max() < 1e-3
 
 
