@@ -1,4 +1,4 @@
-"""``oscar-kv demo | generate | chat | info | bench``.
+"""``oscar-kv demo | generate | chat | info | eval | report | bench``.
 
 Whatever a user can get wrong ends in one line on stderr and exit code 2. PyTorch and Transformers
 are imported by the commands that need them, so that ``--help`` does not wait for them.
@@ -11,16 +11,16 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
+from oscar_kv import cli_eval
 from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
+from oscar_kv.progress import progress_display as _progress
 
 app = typer.Typer(
     help="A KV cache in about 2 bits per element.",
@@ -290,6 +290,10 @@ def bench(
         raise typer.Exit(code)
 
 
+app.command("eval")(cli_eval.evaluate)
+app.command("report")(cli_eval.report)
+
+
 def _load(model: str, preset: str, dtype: str, device: str) -> Any:
     """The :class:`~oscar_kv.generation.Loaded` model, with a word on stderr if it unpacks."""
     from oscar_kv import generation
@@ -332,16 +336,6 @@ def _save(path: Path, write: Any) -> None:
         raise ValueError("--plot needs matplotlib: pip install 'oscar-kv[plot]'") from error
     except OSError as error:
         raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """A progress display on stderr that leaves no trace, and none where that is no terminal."""
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    disable = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
-        yield progress
 
 
 def _print_json(result: dict[str, Any]) -> None:

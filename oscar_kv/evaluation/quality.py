@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from oscar_kv.config import FULL_PRECISION, OscarConfig
+from oscar_kv.evaluation.teacher import forced, read_prompt
 from oscar_kv.integrations.transformers import OscarCache
 
 
@@ -131,15 +131,9 @@ def recall(
     return float(torch.cat(right).mean())
 
 
-@torch.no_grad()
 def _steps(
     model: PreTrainedModel, tokens: Tensor, cache: Cache, prefix: int, step: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits ``[B, n, V]`` and targets ``[B, n]`` of every step after the prompt."""
-    forward: Any = model
-    forward(tokens[:, :prefix], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    last = tokens.shape[1] - 1
-    for begin in range(prefix, last, step):
-        end = min(begin + step, last)
-        logits = forward(tokens[:, begin:end], past_key_values=cache, use_cache=True).logits
-        yield logits, tokens[:, begin + 1 : end + 1]
+    read_prompt(model, tokens[:, :prefix], cache)
+    return forced(model, tokens, cache, prefix, step)

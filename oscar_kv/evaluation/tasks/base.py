@@ -1,0 +1,60 @@
+"""What a task is: it compares any number of caches on inputs that do not depend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+from transformers import DynamicCache
+
+from oscar_kv.evaluation.cache import Bits, Contender
+from oscar_kv.evaluation.subject import Subject
+from oscar_kv.evaluation.teacher import read_prompt
+
+Progress = Callable[[int], None]
+"""Called with the number of (window, contender) pairs that are done."""
+
+
+class Measured(NamedTuple):
+    """What came out for one contender."""
+
+    bits: Bits
+    """Of its cache at the end of a window."""
+    result: dict[str, Any]
+    """Plain values."""
+
+
+class Task(Protocol):
+    """A frozen dataclass: its fields are its parameters."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def count(self) -> int:
+        """Windows, for a progress display."""
+        ...
+
+    def require(self, subject: Subject) -> None:
+        """Raises ValueError if the text is too short."""
+        ...
+
+    def run(
+        self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress
+    ) -> list[Measured]:
+        """One result per contender, from the same windows, drawn with ``seed`` if at random."""
+        ...
+
+
+def exact_prompt(subject: Subject, tokens: Tensor) -> DynamicCache:
+    """A full-precision cache that has read the prompt ``tokens``, for :func:`teacher.fill`."""
+    cache = DynamicCache(config=subject.model.config)
+    read_prompt(subject.model, tokens, cache)
+    return cache
+
+
+def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """``KL(reference || logits)`` in nats over the last dimension, float32."""
+    exact, found = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (exact.exp() * (exact - found)).sum(-1)

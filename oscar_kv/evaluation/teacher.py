@@ -1,0 +1,62 @@
+"""Teacher forcing over a cache: a prompt is read once, what follows is fed and scored in steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from oscar_kv.integrations.models import is_quantized
+
+
+@torch.no_grad()
+def read_prompt(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> None:
+    """Runs the prompt ``tokens`` (int ``[B, T]``), which attends over its exact self, into an
+    empty ``cache``."""
+    forward: Any = model
+    forward(tokens.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+@torch.no_grad()
+def fill(cache: Cache, prompt: DynamicCache) -> Cache:
+    """Gives an empty ``cache`` the prompt that ``prompt`` holds, as if it had read it itself.
+
+    So the prompt is computed once for all caches that are compared, and they get equal states.
+    """
+    layers: list[Any] = prompt.layers
+    for index, layer in enumerate(layers):
+        if is_quantized(layer):
+            cache.update(layer.keys, layer.values, index)
+        else:
+            cache.layers[index] = copy.deepcopy(layer)
+    return cache
+
+
+@torch.no_grad()
+def forced(
+    model: PreTrainedModel, tokens: Tensor, cache: Cache, begin: int, step: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Feeds ``tokens`` from position ``begin`` on to a cache that holds those before.
+
+    Args:
+        model: in evaluation mode.
+        tokens: int ``[B, T]``.
+        cache: holds ``begin`` tokens.
+        begin: first token to feed.
+        step: tokens per forward pass.
+
+    Yields:
+        Logits ``[B, n, V]`` and the tokens ``[B, n]`` that they should predict.
+    """
+    tokens = tokens.to(model.device)
+    forward: Any = model
+    last = tokens.shape[1] - 1
+    for first in range(begin, last, step):
+        end = min(first + step, last)
+        logits = forward(tokens[:, first:end], past_key_values=cache, use_cache=True).logits
+        yield logits, tokens[:, first + 1 : end + 1]
