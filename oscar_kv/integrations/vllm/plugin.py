@@ -1,0 +1,49 @@
+"""The entry point that vLLM calls in each of its processes, as often as it likes."""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import logging
+
+BACKENDS = {"OSCAR_KV": "Compact", "OSCAR_KV_QUALITY": "Quality", "OSCAR_KV_HIGH": "High"}
+"""What ``--attention-backend`` may name, and the class in ``backend.py`` that it stands for."""
+
+KV_CACHE_DTYPE = "oscar_kv"
+"""What ``--kv-cache-dtype`` may name from vLLM 0.33 on; each backend means its own pages by it."""
+
+
+def register() -> None:
+    """Registers the backends and the cache dtype. Nothing of vLLM changes for who uses neither."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    for name, class_name in BACKENDS.items():
+        if name not in AttentionBackendEnum.__members__:
+            register_backend(name, f"oscar_kv.integrations.vllm.backend.{class_name}")
+    if current_platform.is_cpu():
+        # The CPU platform asks for this one whatever the user chose.
+        register_backend(AttentionBackendEnum.CPU_ATTN, "oscar_kv.integrations.vllm.cpu.Chosen")
+    _register_cache_dtype()
+
+
+def _register_cache_dtype() -> None:
+    import torch
+    from vllm.config import cache
+
+    if not hasattr(cache, "register_kv_cache_dtype"):  # vLLM 0.32: the backend alone decides
+        logging.getLogger(__name__).debug("no custom KV cache dtypes in this vLLM")
+        return
+    if cache.is_known_kv_cache_dtype(KV_CACHE_DTYPE):
+        return
+
+    @cache.register_kv_cache_dtype(KV_CACHE_DTYPE)
+    class OscarDType:
+        name = KV_CACHE_DTYPE
+
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> object:
+            from vllm.v1.kv_cache_interface import KVQuantMode
+
+            return KVQuantMode.CUSTOM
