@@ -40,6 +40,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(head_dim=64, **_SIZES),
     "qwen3": Qwen3Config(head_dim=128, **_SIZES),
     "mistral": MistralConfig(head_dim=32, sliding_window=None, **_SIZES),
+    "sliding": MistralConfig(head_dim=32, sliding_window=64, **_SIZES),
 }
 
 
@@ -54,7 +55,10 @@ def save_model(family: str, folder: Path) -> Path:
 
 @cache
 def load_model(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="oscar").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="oscar", dtype=torch.float32
+    )
+    return model.eval()
 
 
 @torch.inference_mode()

@@ -105,3 +105,28 @@ def test_families_and_presets(
     with engine(path, attention_backend=backend) as llm:
         found = answers(llm, prompts, 120)
     assert_greedy(path, prompts, found, config)
+
+
+def test_tensor_parallelism(llama: Path) -> None:
+    """Two processes with one KV head each."""
+    prompts = [prompt(length, length) for length in (20, 150, 390)]
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine(llama, **options) as llm:
+        found = answers(llm, prompts, 60)
+    assert_greedy(llama, prompts, found)
+
+
+def test_seven_times_the_tokens_in_the_same_memory(tmp_path: Path) -> None:
+    """As vLLM counts them: the exact tokens of running requests are among what is paid for."""
+    path = save_model("qwen3", tmp_path)
+    options = {
+        "dtype": "bfloat16",
+        "hf_overrides": {"max_position_embeddings": 65536},
+        "max_model_len": 65536,
+        "kv_cache_memory_bytes": 160 << 20,
+    }
+    tokens = []
+    for backend in (None, "OSCAR_KV"):
+        with engine(path, attention_backend=backend, **options) as llm:
+            tokens.append(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
+    assert tokens[1] > 7 * tokens[0]

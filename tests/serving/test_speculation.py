@@ -1,7 +1,7 @@
 """Drafts that are accepted and drafts that are rejected.
 
-The last file to run: vLLM starts no other engine in a process that has drafted with n-grams, because
-it then stumbles over a module of that.
+The last file to run: vLLM starts no other engine in a process that has drafted with n-grams. It
+stumbles over a module that this has imported.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import (
 )
 
 from oscar_kv.config import PAGE_TOKENS, OscarConfig
+from oscar_kv.integrations.vllm.plugin import KV_CACHE_DTYPE
 from oscar_kv.integrations.vllm.recent import RecentCache
 from oscar_kv.integrations.vllm.rows import Ring, RowGroup, Rows, group_rows, locate
 from oscar_kv.integrations.vllm.step import attend_step
@@ -104,6 +105,7 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
             "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
             "KV connectors": vllm_config.kv_transfer_config is not None,
+            f"--kv-cache-dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", KV_CACHE_DTYPE),
             **{name: value is not None for name, value in others.items()},
         }
         for what, asked in refused.items():

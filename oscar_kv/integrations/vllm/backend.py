@@ -63,6 +63,10 @@ class Compact(AttentionBackend):
                 f"{cls.get_name()} serves full attention only: a layer asks for a "
                 f"{type(spec).__name__}"
             )
+        if spec.block_size != PAGE_TOKENS:
+            raise ValueError(
+                f"--block-size {spec.block_size}: {cls.get_name()} has pages of {PAGE_TOKENS} tokens"
+            )
         layout = PageLayout(cls.config, spec.head_size, spec.num_kv_heads, spec.head_size_v)
         return replace(
             spec, dtype=torch.uint8, state_content_bytes=layout.page_bytes // PAGE_TOKENS

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copyreg
 import logging
+from typing import Any
 
 BACKENDS = {"OSCAR_KV": "Compact", "OSCAR_KV_QUALITY": "Quality", "OSCAR_KV_HIGH": "High"}
 """What ``--attention-backend`` may name, and the class in ``backend.py`` that it stands for."""
@@ -20,10 +22,25 @@ def register() -> None:
     for name, class_name in BACKENDS.items():
         if name not in AttentionBackendEnum.__members__:
             register_backend(name, f"oscar_kv.integrations.vllm.backend.{class_name}")
+    copyreg.pickle(AttentionBackendEnum, _reduce)
     if current_platform.is_cpu():
         # The CPU platform asks for this one whatever the user chose.
         register_backend(AttentionBackendEnum.CPU_ATTN, "oscar_kv.integrations.vllm.cpu.Chosen")
     _register_cache_dtype()
+
+
+def _reduce(backend: Any) -> tuple[Any, ...]:
+    """How a backend's name travels to a worker, which may read it before it has any plugin."""
+    if backend.name in BACKENDS:
+        return _backend_named, (backend.name,)
+    return backend.__reduce_ex__(2)
+
+
+def _backend_named(name: str) -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register()
+    return AttentionBackendEnum[name]
 
 
 def _register_cache_dtype() -> None:
