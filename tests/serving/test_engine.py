@@ -12,6 +12,7 @@ from reference import COMPACT, assert_greedy, log_probs, save_model
 from vllm import LLM
 
 from oscar_kv import OscarConfig
+from oscar_kv.planner import ModelShape
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,14 @@ def test_an_aborted_request_leaves_the_others_alone(llm: LLM, llama: Path) -> No
     assert_greedy(llama, [prompts[name] for name in found], list(found.values()))
 
 
+def test_memory_is_measured_with_a_prompt(llm: LLM, llama: Path) -> None:
+    """vLLM's profiling run attends to nothing of ours, but needs what a full step will need."""
+    tokens = prompt(9, 300)
+    before = answers(llm, [tokens], 10)
+    llm.collective_rpc(lambda worker: worker.model_runner.profile_run())
+    assert answers(llm, [tokens], 10) == before
+
+
 def test_preempted_requests_are_computed_again(llama: Path) -> None:
     """A pool too small for all: requests lose their blocks, and later get others."""
     prompts = [prompt(seed, 60 + 9 * seed) for seed in range(6)]
@@ -130,3 +139,6 @@ def test_seven_times_the_tokens_in_the_same_memory(tmp_path: Path) -> None:
         with engine(path, attention_backend=backend, **options) as llm:
             tokens.append(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
     assert tokens[1] > 7 * tokens[0]
+    shape = ModelShape.load(str(path))
+    planned = [shape.served_tokens(name, 160 << 20, 65536) for name in ("bf16", "compact")]
+    assert planned == tokens

@@ -149,9 +149,10 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Attention of the step's new tokens ``[N, heads, D]``, written to ``output``."""
-        if attn_metadata is None:  # a run that measures memory
-            return output.zero_()
         spec = self.recent.spec
+        if attn_metadata is None:
+            self._rehearse(query, key, value, output)
+            return output
         step = get_forward_context().attn_metadata
         step = step[0] if isinstance(step, list) else step
         table = step[self.recent.name].block_table
@@ -170,3 +171,35 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
             softcap=self.softcap,
         )
         return output
+
+    def _rehearse(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+        """A prompt as long as a step may be, in pools of its own: vLLM measures what that takes
+        before it gives the rest of the memory to the cache."""
+        spec, count = self.recent.spec, query.shape[0]
+        pages = 1 + -(-count // PAGE_TOKENS)
+        heads, device = self.num_kv_heads, query.device
+        shape = (1 + spec.blocks_per_request, heads, spec.block_size, 2 * self.head_size)
+        ring_table = torch.arange(1, shape[0], device=device)[None]
+        rows = [
+            locate(
+                group,
+                torch.tensor([0, count], device=device),
+                torch.tensor([count], device=device),
+                torch.arange(pages, dtype=torch.int32, device=device)[None],
+                Ring(ring_table, spec.blocks_per_request, spec.block_size),
+            )
+            for group in group_rows([count], device)
+        ]
+        attend_step(
+            query,
+            key,
+            value,
+            torch.zeros((pages, heads, self.layout.page_bytes), dtype=torch.uint8, device=device),
+            torch.zeros(shape, dtype=key.dtype, device=device),
+            rows,
+            output,
+            layout=self.layout,
+            most_pages=pages,
+            scaling=self.scale,
+            softcap=self.softcap,
+        )

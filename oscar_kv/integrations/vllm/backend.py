@@ -65,7 +65,8 @@ class Compact(AttentionBackend):
             )
         if spec.block_size != PAGE_TOKENS:
             raise ValueError(
-                f"--block-size {spec.block_size}: {cls.get_name()} has pages of {PAGE_TOKENS} tokens"
+                f"--block-size {spec.block_size}: {cls.get_name()} has pages of "
+                f"{PAGE_TOKENS} tokens"
             )
         layout = PageLayout(cls.config, spec.head_size, spec.num_kv_heads, spec.head_size_v)
         return replace(

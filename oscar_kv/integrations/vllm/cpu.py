@@ -17,5 +17,5 @@ def __getattr__(name: str) -> type:
 
     chosen = get_current_vllm_config().attention_config.backend
     if chosen is not None and chosen.name in BACKENDS:
-        return getattr(backend, BACKENDS[chosen.name])
+        return getattr(backend, BACKENDS[chosen.name].title())
     return CPUAttentionBackend

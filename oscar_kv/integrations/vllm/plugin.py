@@ -7,8 +7,8 @@ import copyreg
 import logging
 from typing import Any
 
-BACKENDS = {"OSCAR_KV": "Compact", "OSCAR_KV_QUALITY": "Quality", "OSCAR_KV_HIGH": "High"}
-"""What ``--attention-backend`` may name, and the class in ``backend.py`` that it stands for."""
+BACKENDS = {"OSCAR_KV": "compact", "OSCAR_KV_QUALITY": "quality", "OSCAR_KV_HIGH": "high"}
+"""What ``--attention-backend`` may name, and the preset that it stands for."""
 
 KV_CACHE_DTYPE = "oscar_kv"
 """What ``--kv-cache-dtype`` may name from vLLM 0.33 on; each backend means its own pages by it."""
@@ -19,9 +19,9 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    for name, class_name in BACKENDS.items():
+    for name, preset in BACKENDS.items():
         if name not in AttentionBackendEnum.__members__:
-            register_backend(name, f"oscar_kv.integrations.vllm.backend.{class_name}")
+            register_backend(name, f"oscar_kv.integrations.vllm.backend.{preset.title()}")
     copyreg.pickle(AttentionBackendEnum, _reduce)
     if current_platform.is_cpu():
         # The CPU platform asks for this one whatever the user chose.

@@ -9,7 +9,6 @@ ours could get preemption, aborts or reordered batches wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from oscar_kv.config import PAGE_TOKENS
+from oscar_kv.integrations.vllm.rows import ring_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +143,10 @@ class RecentCache(AttentionLayerBase):
         self.name = f"{name}.recent"
         self.kv_cache = torch.tensor([])
         token_bytes = num_kv_heads * (head_dim + value_dim) * dtype.itemsize
-        block_tokens = largest_block(page_bytes, token_bytes)
+        blocks, block_tokens = ring_shape(page_bytes, token_bytes, drafts)
         self.spec = RecentSpec(
             block_size=block_tokens,
-            blocks_per_request=-(-(PAGE_TOKENS + drafts) // block_tokens),
+            blocks_per_request=blocks,
             num_kv_heads=num_kv_heads,
             head_size=head_dim,
             head_size_v=value_dim,
@@ -161,16 +160,3 @@ class RecentCache(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: Any) -> RecentSpec:
         return self.spec
-
-
-def largest_block(page_bytes: int, token_bytes: int) -> int:
-    """Exact tokens that fit a page's bytes: a power of two, so that it divides 128.
-
-    Raises:
-        ValueError: if not one does.
-    """
-    sizes: Sequence[int] = (128, 64, 32, 16, 8, 4, 2, 1)
-    for tokens in sizes:
-        if tokens * token_bytes <= page_bytes:
-            return tokens
-    raise ValueError(f"a page of {page_bytes} bytes holds no exact token of {token_bytes} bytes")

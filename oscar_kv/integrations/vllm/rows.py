@@ -124,6 +124,20 @@ class Ring:
         return self.table[requests.expand_as(column), column].long()
 
 
+def ring_shape(page_bytes: int, token_bytes: int, drafts: int = 0) -> tuple[int, int]:
+    """How many blocks a ring has, and how many exact tokens each: as many as fit a page's bytes.
+
+    Together they hold a block that is not full yet and, behind it, ``drafts`` that may be rejected.
+
+    Raises:
+        ValueError: if a page holds no exact token.
+    """
+    for block_tokens in (128, 64, 32, 16, 8, 4, 2, 1):
+        if block_tokens * token_bytes <= page_bytes:
+            return -(-(PAGE_TOKENS + drafts) // block_tokens), block_tokens
+    raise ValueError(f"a page of {page_bytes} bytes holds no exact token of {token_bytes} bytes")
+
+
 @dataclass(frozen=True)
 class Rows:
     """A :class:`RowGroup` with the lengths of its requests: what one step reads and writes."""
