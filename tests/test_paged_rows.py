@@ -80,15 +80,20 @@ class Engine:
         for begin in range(0, len(keys), PAGE_TOKENS):
             whole = begin // PAGE_TOKENS
             pages = self.pages[self.table[request, :whole].long()]
-            exact = (x[:begin].unflatten(0, (whole, PAGE_TOKENS)) for x in (keys, values))
-            assert torch.equal(pages, pack(*(x.transpose(1, 2) for x in exact), self.layout))
+            exact_keys, exact_values = (
+                x[:begin].unflatten(0, (whole, PAGE_TOKENS)).transpose(1, 2) for x in (keys, values)
+            )
+            assert torch.equal(pages, pack(exact_keys, exact_values, self.layout))
             packed = [x.transpose(1, 2).flatten(0, 1) for x in unpack(pages, self.layout)]
             own = slice(begin, begin + PAGE_TOKENS)
-            seen = [torch.cat([old, new[own]]) for old, new in zip(packed, (keys, values))]
             query = self.queries[request, own][: len(keys) - begin]
+            seen_keys, seen_values = (
+                torch.cat([old, new[own]]) for old, new in zip(packed, (keys, values))
+            )
             answer = attention(
                 query.transpose(0, 1).unsqueeze(0),
-                *(x.transpose(0, 1).unsqueeze(0) for x in seen),
+                seen_keys.transpose(0, 1).unsqueeze(0),
+                seen_values.transpose(0, 1).unsqueeze(0),
                 scaling=HEAD_DIM**-0.5,
             )
             answers.append(answer[0].transpose(0, 1))

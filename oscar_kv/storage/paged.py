@@ -7,7 +7,6 @@ this view of it. :class:`~oscar_kv.storage.packed.PackedKV` is the same for a ba
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -111,7 +110,7 @@ class PagedSequences:
     def sink_values(self) -> Tensor:
         return self.tail_values[:, :, :0]
 
-    @cached_property
+    @property
     def sink_lengths(self) -> Tensor:
         return torch.zeros_like(self.tail_lengths)
 
@@ -126,11 +125,11 @@ class PagedSequences:
 
     # -- for the reference backend, which asks the device ------------------------------------
 
-    @cached_property
+    @property
     def pages_per_sequence(self) -> list[int]:
         return self.page_counts.tolist()
 
-    @cached_property
+    @property
     def tails_per_sequence(self) -> list[int]:
         return self.tail_lengths.tolist()
 
@@ -138,7 +137,7 @@ class PagedSequences:
     def sinks_per_sequence(self) -> list[int]:
         return [0] * self.batch_size
 
-    @cached_property
+    @property
     def lengths(self) -> list[int]:
         counts = zip(self.pages_per_sequence, self.tails_per_sequence)
         return [PAGE_TOKENS * pages + tail for pages, tail in counts]

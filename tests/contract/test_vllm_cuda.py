@@ -2,6 +2,7 @@
 
 ``make test-vllm`` puts the package, which is only unpacked, in front of the engine's that runs.
 """
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Starting an engine, and asking it."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Whatever the scheduler does, the engine answers as `OscarCache` in Transformers does."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """What the backend does not do, it says before it serves anything, in one line."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -29,6 +30,16 @@ def test_refused(family: str, options: dict[str, Any], message: str, tmp_path: P
     with (
         pytest.raises(ValueError, match=message),
         engine(save_model(family, tmp_path), **options),
+    ):
+        pass
+
+
+def test_drafts_of_a_model_are_refused(tmp_path: Path) -> None:
+    path = save_model("llama", tmp_path)
+    drafts = {"method": "draft_model", "model": str(path), "num_speculative_tokens": 3}
+    with (
+        pytest.raises(ValueError, match="does not support drafts by draft_model, only ngram"),
+        engine(path, speculative_config=drafts),
     ):
         pass
 

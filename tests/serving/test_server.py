@@ -1,4 +1,5 @@
 """The server as a user starts it, and a client that streams."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

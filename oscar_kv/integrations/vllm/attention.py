@@ -25,6 +25,11 @@ from oscar_kv.integrations.vllm.step import attend_step
 from oscar_kv.storage.layout import PageLayout
 
 
+_DRAFTS = ("ngram", "ngram_gpu", "suffix")
+"""Ways to speculate without a KV cache for drafts. vLLM's first model runner gives the layers of a
+draft model the block table of whatever cache comes first, which would be ours."""
+
+
 @dataclass
 class OscarMetadata:
     """One step; the layers share it."""
@@ -56,6 +61,11 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if kv_cache_spec.page_size_padded is not None:
+            # Kernels take a pool of pages without gaps.
+            raise ValueError(
+                "OSCAR_KV: vLLM padded the pages, because another layer has a larger KV cache"
+            )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -96,6 +106,7 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         vllm_config = get_current_vllm_config()
         skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
         parallel = vllm_config.parallel_config
+        drafts = getattr(vllm_config.speculative_config, "method", None)
         refused = {
             "sliding-window layers": sliding_window is not None,
             "ALiBi": alibi_slopes is not None,
@@ -104,6 +115,7 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
             "--kv-cache-dtype-skip-layers": bool(skipped),
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
             "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+            f"drafts by {drafts}, only {', '.join(_DRAFTS)}": drafts not in (None, *_DRAFTS),
             "KV connectors": vllm_config.kv_transfer_config is not None,
             f"--kv-cache-dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", KV_CACHE_DTYPE),
             **{name: value is not None for name, value in others.items()},
