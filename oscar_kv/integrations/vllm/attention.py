@@ -24,7 +24,6 @@ from oscar_kv.integrations.vllm.rows import Ring, RowGroup, Rows, group_rows, lo
 from oscar_kv.integrations.vllm.step import attend_step
 from oscar_kv.storage.layout import PageLayout
 
-
 _DRAFTS = ("ngram", "ngram_gpu", "suffix")
 """Ways to speculate without a KV cache for drafts. vLLM's first model runner gives the layers of a
 draft model the block table of whatever cache comes first, which would be ours."""
