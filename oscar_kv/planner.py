@@ -18,6 +18,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.config import PAGE_TOKENS, PRESETS, OscarConfig
 from oscar_kv.integrations.models import ImageLayer, cache_layers, is_quantized
+from oscar_kv.integrations.vllm.plugin import BACKENDS
+from oscar_kv.integrations.vllm.rows import ring_shape
 from oscar_kv.storage.layout import PageLayout
 
 BASELINES = {"bf16": 2, "fp8": 1}
@@ -87,6 +89,28 @@ class ModelShape:
         max_context = getattr(text, "max_position_embeddings", None)
         return cls(config.model_type, tuple(counts.items()), shapes.count(None), max_context)
 
+    def served_tokens(self, method: str, budget: int, context: int) -> int | None:
+        """How many tokens vLLM keeps in ``budget`` bytes, if requests have ``context`` tokens.
+
+        That is what it logs as its KV cache size. ``None`` where it does not serve the model with
+        this cache.
+        """
+        layers = [layer for layer, _ in self.layers]
+        if method not in (*BASELINES, *BACKENDS.values()) or len(set(layers)) != 1:
+            return None
+        (layer, count), *_ = self.layers
+        if not layer.quantized or layer.value_head_dim != layer.head_dim:
+            return None
+        if method in BASELINES:
+            block_tokens, recent = 16, 0
+            block = block_tokens * layer.elements * BASELINES[method]
+        else:
+            layout = PageLayout(OscarConfig.preset(method), layer.head_dim, layer.num_kv_heads)
+            block_tokens, block = PAGE_TOKENS, layer.num_kv_heads * layout.page_bytes
+            recent, _ = ring_shape(block, layer.elements * BASELINES["bf16"])
+        requests = budget // (count * block) / (-(-context // block_tokens) + recent)
+        return int(requests * context)
+
     @classmethod
     def load(cls, model: str) -> ModelShape:
         """The shape of a local folder, a ``config.json`` or a Hugging Face model id.
@@ -133,6 +157,8 @@ class PlanRow:
     """How many times smaller than BF16."""
     longest_context: int | None
     """Tokens per sequence that fit the memory, where a memory was given."""
+    served_tokens: int | None
+    """Tokens of sequences as long as planned that vLLM keeps in that memory, where it serves it."""
 
 
 def plan(
@@ -157,8 +183,11 @@ def plan(
     rows = []
     for method in (*BASELINES, *presets):
         used = model.nbytes(method, context, batch)
-        longest = None if budget is None else model.longest_context(method, budget, batch)
-        rows.append(PlanRow(method, used, 16 * used / full, full / used, longest))
+        longest = served = None
+        if budget is not None:
+            longest = model.longest_context(method, budget, batch)
+            served = model.served_tokens(method, budget, context)
+        rows.append(PlanRow(method, used, 16 * used / full, full / used, longest, served))
     return rows
 
 

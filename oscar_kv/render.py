@@ -107,10 +107,11 @@ def plan_table(model: ModelShape, rows: Sequence[PlanRow], context: int, batch: 
     with_memory = rows[0].longest_context is not None
     if with_memory:
         table.add_column("longest context", justify="right")
+        table.add_column("tokens in vLLM", justify="right")
     for row in rows:
         cells = [size(row.nbytes), f"{row.bits_per_element:.2f}", f"{row.ratio:.2f}x"]
         if with_memory:
-            cells.append(f"{row.longest_context:,}")
+            cells += [f"{row.longest_context:,}", _or_dash(row.served_tokens, "{:,}")]
         table.add_row(row.method, *cells)
     sequences = "1 sequence" if batch == 1 else f"{batch:,} sequences"
     title = f"{model.name}: {sequences} of {context:,} tokens"

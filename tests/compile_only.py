@@ -218,7 +218,7 @@ def _launch(operation: str, preset: str, head_dim: int) -> None:
         backend.unpack(packed.pool.data, packed.layout, torch.bfloat16)
     else:
         queries = {"decode": 1, "extend": 512}[operation]
-        visible = Visibility(packed.lengths, queries)
+        visible = Visibility(queries)
         query = states(QUERY_HEADS, queries)
         backend.attend(AttentionCall(query, packed, visible, head_dim**-0.5))
 

@@ -94,7 +94,6 @@ def check(
         expected["mask"] = full[..., : packed.max_length]
     wanted = attention(query.double(), keys, values, lengths=lengths, **expected)
     visibility = Visibility(
-        packed.lengths,
         tokens,
         options.get("starts"),
         options.get("sliding_window"),

@@ -120,3 +120,19 @@ def check_prompt(pack_into: PackFunction, head_dim: int, dtype: torch.dtype) -> 
         ):
             assert relative_error(read, wanted) < 0.05
     assert (pool[[2, 3, 5]] == 255).all()
+
+
+def check_left_out(pack_into: PackFunction, head_dim: int, dtype: torch.dtype) -> None:
+    """Pages without a place are not written, and the others are what they are without these."""
+    layout = PageLayout(OscarConfig.compact(), head_dim, 2)
+    keys, values = torch.randn(2, 11, 2, 128, head_dim, device=DEVICE, dtype=dtype)
+    ids = torch.tensor([-1, 6, -1, -1, 0, 4, -1, 3, -1, -1, -1], dtype=torch.int32, device=DEVICE)
+    pool, expected = (
+        torch.full((8, 2, layout.page_bytes), 255, dtype=torch.uint8, device=DEVICE)
+        for _ in range(2)
+    )
+    pack_into(pool, ids, keys, values, layout, pages=1)
+    placed = ids >= 0
+    pack_into(expected, ids[placed], keys[placed], values[placed], layout, pages=1)
+    assert torch.equal(pool, expected)
+    assert (pool[[1, 2, 5, 7]] == 255).all()

@@ -174,7 +174,7 @@ def test_zeros_and_large_numbers() -> None:
     work = Plan(team=1, page_parts=2, dense_parts=2)
     for number in (0, 3e4):
         query = torch.full((1, 1, 1, 64), number, dtype=torch.float16, device=DEVICE)
-        visible = Visibility(packed.lengths, 1)
+        visible = Visibility(1)
         out = decode(AttentionCall(query, packed, visible, 1e-3), work=work)
         assert out.isfinite().all()
 
@@ -266,9 +266,7 @@ def test_declines_what_it_was_not_made_for() -> None:
         query = torch.zeros(
             packed.batch_size, group * layout.num_kv_heads, tokens, layout.head_dim, dtype=dtype
         )
-        return takes(
-            AttentionCall(query, packed, Visibility(packed.lengths, tokens, mask=mask), 1.0)
-        )
+        return takes(AttentionCall(query, packed, Visibility(tokens, mask=mask), 1.0))
 
     assert taken()
     assert taken(COLUMNS, 1)
@@ -430,7 +428,7 @@ def test_many_pages_of_one_team() -> None:
 def test_states_at_any_address() -> None:
     packed = packed_states(OscarConfig(), 64, lengths=(200,), heads=1, dtype=torch.float16)
     flat = torch.randn(4 * 64 + 1, device=DEVICE, dtype=torch.float16)
-    visible = Visibility(packed.lengths, 1)
+    visible = Visibility(1)
     found = [
         decode(AttentionCall(query, packed, visible, 0.1), work=Plan(1, 1, 2))
         for query in (flat[1:].view(1, 4, 1, 64), flat[1:].clone().view(1, 4, 1, 64))

@@ -117,6 +117,7 @@ def test_a_token_that_is_not_finite_is_stored_as_zeros(number: float, channel: i
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_pages_of_a_prompt_go_straight_into_a_pool(head_dim: int) -> None:
     pack_checks.check_prompt(pack_into, head_dim, torch.float16)
+    pack_checks.check_left_out(pack_into, head_dim, torch.float16)
 
 
 @needs_compiler

@@ -81,6 +81,7 @@ def test_a_token_that_is_not_finite_is_stored_as_zeros(case: str, number: float)
 
 def test_pages_of_a_prompt_go_straight_into_a_pool() -> None:
     pack_checks.check_prompt(pack_into, 32, torch.float32)
+    pack_checks.check_left_out(pack_into, 32, torch.float32)
 
 
 def test_unbiased_scales_of_all_heads_take_the_plain_way() -> None:

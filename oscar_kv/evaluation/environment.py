@@ -17,7 +17,7 @@ import torch
 @functools.cache
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit of this run."""
-    packages = ("torch", "transformers", "triton", "optimum-quanto", "hqq", "flash-attn")
+    packages = ("torch", "transformers", "triton", "optimum-quanto", "hqq", "flash-attn", "vllm")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),

@@ -18,6 +18,7 @@ from oscar_kv.kernels.dispatch import Operations, choose
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV
+from oscar_kv.storage.paged import PagedSequences
 
 DECODE_QUERIES = 16
 """The most new tokens per sequence that :func:`decode_attention` takes."""
@@ -47,6 +48,22 @@ def pack(keys: Tensor, values: Tensor, layout: PageLayout) -> Tensor:
     with _operations(layout, keys.device) as operations:
         operations.pack_into(pages, ids, keys, values, layout, pages=1)
     return pages
+
+
+def pack_into(
+    pool: Tensor, page_ids: Tensor, keys: Tensor, values: Tensor, layout: PageLayout
+) -> None:
+    """Packs tokens into pages of an engine's pool. Nothing waits for the device.
+
+    Args:
+        pool: uint8 ``[capacity, H, page_bytes]``, contiguous.
+        page_ids: int32 ``[N]``, where each page goes; one with a negative id is left out.
+        keys: ``[N, H, 128, D]`` after RoPE, unrotated. A token with NaN or Inf is stored as zeros.
+        values: ``[N, H, 128, E]``, unrotated.
+        layout: the page layout.
+    """
+    with _operations(layout, pool.device) as operations:
+        operations.pack_into(pool, page_ids, keys, values, layout, pages=1)
 
 
 def unpack(
@@ -221,7 +238,7 @@ def extend_attention(
             AttentionCall(
                 query,
                 packed,
-                Visibility(packed.lengths, query.shape[2], starts, sliding_window, mask),
+                Visibility(query.shape[2], starts, sliding_window, mask),
                 layout.head_dim**-0.5 if scaling is None else scaling,
                 new_keys,
                 new_values,
@@ -229,6 +246,28 @@ def extend_attention(
                 s_aux,
             )
         )
+
+
+def attend_paged(
+    query: Tensor, sequences: PagedSequences, *, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """:func:`extend_attention` over an engine's pages; on a GPU nothing waits for the device.
+
+    The engine vouches for its lengths: queries that it does not have sit before the first token of
+    the tail, and what comes out for them means nothing.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``; the newest ``Tq`` tokens of each sequence lie in its tail.
+        sequences: new tokens included.
+        scaling, softcap: as there.
+
+    Returns:
+        ``[B, Hq, Tq, E]`` in the dtype of ``query``.
+    """
+    with _operations(sequences.layout, sequences.device) as operations:
+        visibility = Visibility(query.shape[2])
+        call = AttentionCall(query, sequences, visibility, scaling, softcap=softcap)
+        return operations.attend(call)
 
 
 def _check_query(query: Tensor, packed: PackedKV) -> None:

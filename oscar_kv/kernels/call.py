@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from oscar_kv.kernels.masking import Visibility
-from oscar_kv.storage.packed import PackedKV
+from oscar_kv.storage.paged import Sequences
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class AttentionCall:
 
     query: Tensor
     """``[B, Hq, Tq, D]``, unrotated."""
-    packed: PackedKV
+    packed: Sequences
     visibility: Visibility
     scaling: float
     new_keys: Tensor | None = None

@@ -22,7 +22,7 @@ from oscar_kv.kernels.device import (
     shared_memory,
 )
 from oscar_kv.storage.layout import PageLayout
-from oscar_kv.storage.packed import PackedKV
+from oscar_kv.storage.paged import Sequences
 
 WARPS = 4
 """Warps of a block."""
@@ -194,7 +194,7 @@ def combine_program(value_dim: int, dtype: torch.dtype, streamed: bool = False) 
     return Program("combine", tuple(constants.items()), 32 * WARPS, memory)
 
 
-def plan(packed: PackedKV, num_new: int) -> Plan:
+def plan(packed: Sequences, num_new: int) -> Plan:
     """How to divide the work of a decode step."""
     layout, device = packed.layout, packed.device
     dense = sum(-(-tokens // DENSE_TOKENS) for tokens in _dense_tokens(packed, num_new))
@@ -249,7 +249,7 @@ def _divide(
     return fewest, parts if cost(parts) <= even else 0
 
 
-def _dense_tokens(packed: PackedKV, num_new: int) -> tuple[int, int, int]:
+def _dense_tokens(packed: Sequences, num_new: int) -> tuple[int, int, int]:
     """The most tokens of a sequence in the tail, in the sinks, and that are new."""
     return packed.most_tail_tokens, packed.sink_keys.shape[2], num_new
 
@@ -288,7 +288,7 @@ def decode(call: AttentionCall, work: Plan | None = None, run: Run = run) -> Ten
     shape = (batch, num_heads, num_queries, layout.value_dim)
     out = torch.empty(shape, dtype=query.dtype, device=device)
     parts = DecodeArguments(
-        pool=packed.pool.data.data_ptr(),
+        pool=packed.page_data.data_ptr(),
         table=packed.block_table.data_ptr(),
         page_counts=packed.page_counts.data_ptr(),
         tail_lengths=packed.tail_lengths.data_ptr(),

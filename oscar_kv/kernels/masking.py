@@ -13,23 +13,29 @@ from torch import Tensor
 class Visibility:
     """The visible positions of the newest ``num_queries`` tokens of each sequence.
 
-    Query ``i`` of sequence ``b`` sits at position ``lengths[b] - num_queries + i``. Fields as in
+    Query ``i`` of a sequence sits at position ``length - num_queries + i``. Fields as in
     :func:`oscar_kv.core.attention.attention`.
     """
 
-    lengths: Sequence[int]
     num_queries: int
     starts: Tensor | None = None
     sliding_window: int | None = None
     mask: Tensor | None = None
 
-    def apply(self, logits: Tensor, begins: Sequence[int], ends: Sequence[int]) -> Tensor:
+    def apply(
+        self,
+        logits: Tensor,
+        begins: Sequence[int],
+        ends: Sequence[int],
+        lengths: Sequence[int],
+    ) -> Tensor:
         """Hides what must not be seen in one block of columns.
 
         Args:
             logits: ``[B, H, M, N]``, ``M = G * num_queries`` rows, query fastest.
             begins: position of the first column, per sequence.
             ends: positions from here on are hidden, per sequence.
+            lengths: tokens of each sequence.
 
         Returns:
             The logits, hidden ones ``-inf``; the same tensor where nothing is hidden.
@@ -38,7 +44,7 @@ class Visibility:
         restricted = self.mask is not None or self.starts is not None or self.sliding_window
         if not restricted and all(
             begin + columns <= min(end, length - self.num_queries + 1)
-            for begin, end, length in zip(begins, ends, self.lengths)
+            for begin, end, length in zip(begins, ends, lengths)
         ):
             return logits
         device = logits.device
@@ -47,7 +53,7 @@ class Visibility:
             return torch.tensor(numbers, device=device).view(-1, 1, 1, 1, 1)
 
         position = per_sequence(begins) + torch.arange(columns, device=device)
-        own = per_sequence(self.lengths) - self.num_queries
+        own = per_sequence(lengths) - self.num_queries
         own = own + torch.arange(self.num_queries, device=device).view(-1, 1)
         visible = position < per_sequence(ends)
         grouped = logits.unflatten(2, (-1, self.num_queries))  # [B, H, G, Tq, N]

@@ -21,6 +21,7 @@ from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.storage import codec
 from oscar_kv.storage.layout import PLANES, TILE, PageLayout
 from oscar_kv.storage.packed import PackedKV
+from oscar_kv.storage.paged import Sequences
 
 # Elements of codes unpacked at a time, so that their float32 form stays in a CPU's cache.
 _BLOCK_ELEMENTS = 1 << 20
@@ -52,7 +53,7 @@ def attend(call: AttentionCall) -> Tensor:
 
     def logits_of(raw: Tensor, begins: Sequence[int], ends: Sequence[int]) -> Tensor:
         capped = raw if softcap is None else softcap * torch.tanh(raw / softcap)
-        return visibility.apply(capped, begins, ends)
+        return visibility.apply(capped, begins, ends, packed.lengths)
 
     fresh = 0 if new_keys is None else num_queries
     limits = [length - fresh for length in packed.lengths]
@@ -135,7 +136,7 @@ class _OnlineSoftmax:
         return self.output / torch.where(self.normalizer > 0, self.normalizer, 1.0)
 
 
-def _pages_per_block(packed: PackedKV, num_rows: int) -> int:
+def _pages_per_block(packed: Sequences, num_rows: int) -> int:
     per_page = packed.batch_size * packed.layout.num_kv_heads * PAGE_TOKENS
     return max(1, _BLOCK_ELEMENTS // (per_page * max(packed.layout.head_dim, num_rows)))
 

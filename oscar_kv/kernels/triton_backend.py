@@ -58,7 +58,7 @@ def append_step(packed: PackedKV, keys: Tensor, values: Tensor, counts: Tensor |
         sink_lengths=packed.sink_lengths,
         page_counts=packed.page_counts,
         block_table=packed.block_table,
-        pool=packed.pool.data,
+        pool=packed.page_data,
         arrivals=packed.arrivals,
         nonfinite=packed.nonfinite,
     )

@@ -20,7 +20,7 @@ from oscar_kv.kernels.triton_combine import combine_parts
 from oscar_kv.kernels.triton_page import PAGE, TOKENS, PageSpec, page_spec
 from oscar_kv.kernels.triton_query import query_segments
 from oscar_kv.kernels.triton_rotate import rotate_queries
-from oscar_kv.storage.packed import PackedKV
+from oscar_kv.storage.paged import Sequences
 
 # Of the programs that fit an SM, so many share the pages; the rest is for dense tokens.
 _SHARE_FOR_PAGES = 0.8
@@ -65,7 +65,7 @@ def decode(call: AttentionCall) -> Tensor:
         query,
         rotated,
         factor,
-        packed.pool.data,
+        packed.page_data,
         packed.block_table,
         packed.page_counts,
         packed.tail_lengths,
@@ -137,7 +137,7 @@ def decode(call: AttentionCall) -> Tensor:
     return out
 
 
-def _page_splits(packed: PackedKV, page: PageSpec, columns: int, column_blocks: int) -> int:
+def _page_splits(packed: Sequences, page: PageSpec, columns: int, column_blocks: int) -> int:
     """Programs that share the pages of one sequence, KV head and block of columns."""
     pages = packed.most_pages
     if not pages:
@@ -153,7 +153,7 @@ def _page_splits(packed: PackedKV, page: PageSpec, columns: int, column_blocks: 
     return -(-pages // each)
 
 
-def _page_mask(packed: PackedKV, visibility: Visibility, has_new: bool) -> int:
+def _page_mask(packed: Sequences, visibility: Visibility, has_new: bool) -> int:
     """How page visibility varies; see :func:`~oscar_kv.kernels.triton_decode.decode_part`."""
     one_query = visibility.num_queries == 1
     mask = visibility.mask

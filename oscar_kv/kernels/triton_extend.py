@@ -90,7 +90,7 @@ def extend(call: AttentionCall) -> Tensor:
         rotated,
         factors,
         signs,
-        packed.pool.data,
+        packed.page_data,
         packed.block_table,
         packed.block_table.shape[1],
         packed.page_counts,

@@ -35,7 +35,7 @@ def pack_into(
 
     Args:
         pool: uint8 ``[capacity, H, page_bytes]``, contiguous.
-        page_ids: int32 ``[B * pages]``.
+        page_ids: int32 ``[B * pages]``; a page with a negative one is left out.
         keys: ``[B, H, T, D]``, float16, bfloat16 or float32, any strides but the last one.
         values: ``[B, H, T, E]``, the same dtype.
         layout: the page layout.
@@ -89,6 +89,8 @@ def _pack_kernel(
     sequence = (number // pages).to(tl.int64)
     first = (number % pages * PAGE).to(tl.int64)
     page_id = tl.load(page_ids + number)
+    if page_id < 0:
+        return
     shared_squares = tl.zeros([PAGE], tl.float32)
     if page.shared_scale:
         shared_squares = tl.load(squares + number * PAGE + tl.arange(0, PAGE))

@@ -14,6 +14,7 @@ from oscar_kv.config import PAGE_TOKENS
 from oscar_kv.core.grid import FITS, Grid, round_fp8, round_fp16
 from oscar_kv.core.rotation import rotate, rotate_back
 from oscar_kv.core.scaling import token_scale, unbiased_token_scale
+from oscar_kv.storage.checks import zero_nonfinite
 from oscar_kv.storage.layout import PLANES, TILE, PageLayout, by_slot, by_token
 
 VALUE_PEAK = 128.0
@@ -109,12 +110,13 @@ def encode_into(
     *,
     pages: int,
 ) -> None:
-    """Packs the first ``pages`` pages of every sequence into a pool.
+    """Packs the first ``pages`` pages of every sequence into a pool; tokens with NaN or Inf are
+    stored as zeros.
 
     Args:
         pool: uint8 ``[capacity, H, page_bytes]``.
         page_ids: int32 ``[B * pages]``; page ``i`` of sequence ``b`` becomes
-            ``page_ids[b * pages + i]``.
+            ``page_ids[b * pages + i]``, and is left out where that is negative.
         keys: ``[B, H, T, D]`` with ``T >= 128 pages``.
         values: ``[B, H, T, E]``.
         layout: the page layout.
@@ -124,7 +126,9 @@ def encode_into(
         split = states[:, :, : pages * PAGE_TOKENS].unflatten(2, (pages, PAGE_TOKENS))
         return split.transpose(1, 2).flatten(0, 1)
 
-    pool[page_ids] = encode_pages(whole_pages(keys), whole_pages(values), layout)
+    wanted = page_ids >= 0
+    new_keys, new_values = zero_nonfinite(whole_pages(keys)[wanted], whole_pages(values)[wanted])
+    pool[page_ids[wanted]] = encode_pages(new_keys, new_values, layout)
 
 
 def decode_pages(

@@ -227,6 +227,11 @@ class PackedKV:
             "unused": slots - tail + free_pages,
         }
 
+    @property
+    def page_data(self) -> Tensor:
+        """All pages of the pool, uint8 ``[capacity, H, page_bytes]``."""
+        return self.pool.data
+
     def pages(self, table: Tensor) -> Tensor:
         """Copies of the pages in ``table`` (ids, any shape): uint8 ``[ids, H, page_bytes]``."""
         return self.pool.data.index_select(0, table.flatten())

@@ -16,7 +16,7 @@
 
 struct Arguments {
   u8* pool;
-  const int* page_ids;  // page i of sequence b becomes page_ids[b pages + i]
+  const int* page_ids;  // page i of sequence b becomes page_ids[b pages + i]; negative: left out
   const u16* keys;      // [B, H, T, D], bfloat16 or float16
   const u16* values;    // [B, H, T, E], the same
   i64 key_strides[3];   // of sequence, head and token, in elements
@@ -177,6 +177,13 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
   for (int n = block(); n < a.count; n += a.blocks) {
     const int page_id = a.page_ids[n / HEADS];
     next = place_of(a, n + a.blocks);
+    if (page_id < 0) {
+      wait_for_copies<0>();
+      sync_warp();
+      fetch<VALUE_DIM>(shared.values, a.values, a.value_strides, next, warp, lane);
+      fetch<HEAD_DIM>(shared.keys, a.keys, a.key_strides, next, warp, lane);
+      continue;
+    }
     PackedValues values[kMine];
     float keys[kMine][kKeyBlocks][2][4];
     wait_for_copies<1>();

@@ -1,0 +1,216 @@
+"""What vLLM calls in every step: the metadata builder, once, and the attention of each layer."""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
+
+from oscar_kv.config import PAGE_TOKENS, OscarConfig
+from oscar_kv.integrations.vllm.plugin import KV_CACHE_DTYPE
+from oscar_kv.integrations.vllm.recent import RecentCache
+from oscar_kv.integrations.vllm.rows import Ring, RowGroup, Rows, group_rows, locate
+from oscar_kv.integrations.vllm.step import attend_step
+from oscar_kv.storage.layout import PageLayout
+
+_DRAFTS = ("ngram", "ngram_gpu", "suffix")
+"""Ways to speculate without a KV cache for drafts. vLLM's first model runner gives the layers of a
+draft model the block table of whatever cache comes first, which would be ours."""
+
+
+@dataclass
+class OscarMetadata:
+    """One step; the layers share it."""
+
+    num_tokens: int
+    groups: list[RowGroup]
+    query_begins: Tensor
+    lengths: Tensor
+    block_table: Tensor
+    most_pages: int
+    located: list[Rows] = field(default_factory=list)
+
+    def rows(self, ring: Ring) -> list[Rows]:
+        """Where the step's tokens lie, worked out by the first layer that asks."""
+        if not self.located:
+            self.located = [
+                locate(group, self.query_begins, self.lengths, self.block_table, ring)
+                for group in self.groups
+            ]
+        return self.located
+
+
+class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
+    """Groups the requests of a step by how many tokens they compute."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if kv_cache_spec.page_size_padded is not None:
+            # Kernels take a pool of pages without gaps.
+            raise ValueError(
+                "OSCAR_KV: vLLM padded the pages, because another layer has a larger KV cache"
+            )
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> OscarMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise NotImplementedError("OSCAR_KV serves causal attention only")
+        begins = common.query_start_loc_cpu[: common.num_reqs + 1]
+        return OscarMetadata(
+            num_tokens=common.num_actual_tokens,
+            groups=group_rows(begins.diff().tolist(), self.device),
+            query_begins=common.query_start_loc[: common.num_reqs + 1],
+            lengths=common.seq_lens[: common.num_reqs],
+            block_table=common.block_table_tensor,
+            most_pages=common.max_seq_len // PAGE_TOKENS,
+        )
+
+
+class OscarAttention(AttentionImpl[OscarMetadata]):
+    """The attention of one layer. ``config`` is set by the backend."""
+
+    config: ClassVar[OscarConfig]
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **others: Any,
+    ) -> None:
+        vllm_config = get_current_vllm_config()
+        skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
+        parallel = vllm_config.parallel_config
+        drafts = getattr(vllm_config.speculative_config, "method", None)
+        refused = {
+            "sliding-window layers": sliding_window is not None,
+            "ALiBi": alibi_slopes is not None,
+            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+            "layers that share the KV cache of another": kv_sharing_target_layer_name is not None,
+            "--kv-cache-dtype-skip-layers": bool(skipped),
+            "decode context parallelism": parallel.decode_context_parallel_size > 1,
+            "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+            f"drafts by {drafts}, only {', '.join(_DRAFTS)}": drafts not in (None, *_DRAFTS),
+            "KV connectors": vllm_config.kv_transfer_config is not None,
+            f"--kv-cache-dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", KV_CACHE_DTYPE),
+            **{name: value is not None for name, value in others.items()},
+        }
+        for what, asked in refused.items():
+            if asked:
+                raise ValueError(f"the OSCAR_KV attention backend does not support {what}")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.softcap = logits_soft_cap or None
+        self.layout = PageLayout(self.config, head_size, self.num_kv_heads)
+        self.recent: RecentCache
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Adds the ring to vLLM's layers: here the layer of this attention has its name."""
+        vllm_config = get_current_vllm_config()
+        layers = vllm_config.compilation_config.static_forward_context
+        name = next(n for n, layer in layers.items() if getattr(layer, "impl", None) is self)
+        self.recent = RecentCache(
+            name,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            value_dim=self.head_size,
+            dtype=act_dtype,
+            page_bytes=self.num_kv_heads * self.layout.page_bytes,
+            drafts=vllm_config.num_speculative_tokens,
+        )
+        layers[self.recent.name] = self.recent
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: OscarMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the step's new tokens ``[N, heads, D]``, written to ``output``."""
+        spec = self.recent.spec
+        if attn_metadata is None:
+            self._rehearse(query, key, value, output)
+            return output
+        step = get_forward_context().attn_metadata
+        step = step[0] if isinstance(step, list) else step
+        table = step[self.recent.name].block_table
+        count = attn_metadata.num_tokens
+        attend_step(
+            query[:count],
+            key[:count],
+            value[:count],
+            kv_cache.flatten(2),
+            self.recent.kv_cache,
+            attn_metadata.rows(Ring(table, spec.blocks_per_request, spec.block_size)),
+            output[:count],
+            layout=self.layout,
+            most_pages=attn_metadata.most_pages,
+            scaling=self.scale,
+            softcap=self.softcap,
+        )
+        return output
+
+    def _rehearse(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+        """A prompt as long as a step may be, in pools of its own: vLLM measures what that takes
+        before it gives the rest of the memory to the cache."""
+        spec, count = self.recent.spec, query.shape[0]
+        pages = 1 + -(-count // PAGE_TOKENS)
+        heads, device = self.num_kv_heads, query.device
+        shape = (1 + spec.blocks_per_request, heads, spec.block_size, 2 * self.head_size)
+        ring_table = torch.arange(1, shape[0], device=device)[None]
+        rows = [
+            locate(
+                group,
+                torch.tensor([0, count], device=device),
+                torch.tensor([count], device=device),
+                torch.arange(pages, dtype=torch.int32, device=device)[None],
+                Ring(ring_table, spec.blocks_per_request, spec.block_size),
+            )
+            for group in group_rows([count], device)
+        ]
+        attend_step(
+            query,
+            key,
+            value,
+            torch.zeros((pages, heads, self.layout.page_bytes), dtype=torch.uint8, device=device),
+            torch.zeros(shape, dtype=key.dtype, device=device),
+            rows,
+            output,
+            layout=self.layout,
+            most_pages=pages,
+            scaling=self.scale,
+            softcap=self.softcap,
+        )
