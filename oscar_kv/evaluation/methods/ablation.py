@@ -1,7 +1,7 @@
 """Ours taken apart: every step a knob, in terms of :mod:`oscar_kv.core`.
 
 For studies only; what a cache stores is :class:`~oscar_kv.evaluation.methods.oscar.Oscar`. Where a
-setting is one of the presets both read the same numbers (tests/test_methods.py).
+setting is one of the presets both read the same numbers (tests/test_ablation.py).
 """
 
 from __future__ import annotations
