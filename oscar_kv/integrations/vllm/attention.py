@@ -54,6 +54,7 @@ class OscarMetadata:
 class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
     """Groups the requests of a step by how many tokens they compute."""
 
+    # Rows are made anew in every step, where a graph would keep those it was captured with.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
     def __init__(
