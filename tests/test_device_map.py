@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from oscar_kv import OscarCache, OscarConfig
+from oscar_kv.integrations import graph
 from oscar_kv.integrations.graph import DecodeGraph
 
 Places = dict[str, str | int | torch.device]
@@ -113,6 +114,17 @@ def test_a_layer_that_moves_raises_and_loses_nothing(offloading: bool) -> None:
     cache.update(*states("meta"), 0)
     layer: Any = cache.layers[0]
     assert layer.packed.device.type == "meta"
+
+
+def test_a_graph_needs_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "require_cuda", lambda device: None)
+    model = FAMILIES["Llama"].model("oscar")
+    cache, ids = OscarCache(model.config), tokens(1, 10)
+    model(ids, past_key_values=cache)
+    last: Any = cache.layers[-1]
+    last.packed = last.packed.to("meta")
+    with pytest.raises(ValueError, match="layers are on cpu and meta"):
+        DecodeGraph(model, cache)(ids[:, -1:])
 
 
 # -- on GPUs ---------------------------------------------------------------------------------

@@ -137,12 +137,14 @@ class DecodeGraph:
         """Runs the step, then captures it."""
         self._graph = None  # its memory, before there is another
         if isinstance(self.cache, OscarCache):
-            for packed in self.cache.packed_layers():
-                if packed.device != self.model.device:
-                    raise ValueError(
-                        f"layers are on {self.model.device} and {packed.device}: a CUDA graph "
-                        "needs all of them on one device"
-                    )
+            layers = self.cache.packed_layers()
+            devices = {str(device) for device in (self.model.device, *(x.device for x in layers))}
+            if len(devices) > 1:
+                raise ValueError(
+                    f"layers are on {' and '.join(sorted(devices))}: a CUDA graph needs all of "
+                    "them on one device"
+                )
+            for packed in layers:
                 require_kernels(packed.layout, packed.device)
                 if not packed.reserved_tokens:
                     raise ValueError("the cache has no room left: call reserve() first")
