@@ -1,4 +1,4 @@
-"""``oscar-kv demo | generate | chat | info | eval | report | bench``.
+"""``oscar-kv demo | generate | chat | info | diagnose | eval | report | bench``.
 
 Whatever a user can get wrong ends in one line on stderr and exit code 2. PyTorch and Transformers
 are imported by the commands that need them, so that ``--help`` does not wait for them.
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from oscar_kv import cli_eval
+from oscar_kv import cli_diagnose, cli_eval
 from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
 from oscar_kv.progress import progress_display as _progress
 
@@ -290,6 +290,7 @@ def bench(
         raise typer.Exit(code)
 
 
+app.command("diagnose")(cli_diagnose.diagnose)
 app.command("eval")(cli_eval.evaluate)
 app.command("report")(cli_eval.report)
 

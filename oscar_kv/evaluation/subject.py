@@ -109,9 +109,18 @@ def rows_of_text(path: Path, tokenizer: Any, length: int) -> Tensor:
     Raises:
         ValueError: if it cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error}") from error
+    text = read_text(path)
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     return ids[: len(ids) // length * length].view(-1, length)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}") from error

@@ -1,0 +1,86 @@
+"""``oscar-kv diagnose``: what makes a model hard to quantize, and which preset it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from oscar_kv.progress import progress_display
+
+CONTINUED = 128
+"""The last tokens of the text: not part of the prompt, but what presets have to predict."""
+
+
+def diagnose(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or id of a causal model. The bundled one if omitted.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 file to measure on. Python code if omitted.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How much of it to read at most.")] = 2048,
+    out: Annotated[Path, typer.Option(help="Folder for the report, its pictures and JSON.")] = Path(
+        "diagnosis"
+    ),
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON and nothing else; files are written, too.")
+    ] = False,
+) -> None:
+    """Measure what makes a model's KV cache hard to quantize, and recommend a preset."""
+    from oscar_kv.demo import MODEL
+    from oscar_kv.evaluation import diagnose_report as reporting
+    from oscar_kv.evaluation.diagnose import SMALLEST
+    from oscar_kv.evaluation.diagnose import diagnose as run
+    from oscar_kv.evaluation.subject import read_text
+    from oscar_kv.generation import load, quiet
+
+    reporting.require_matplotlib()
+    content = read_text(text or MODEL / "prompt.txt")
+    quiet()
+    with progress_display() as progress:
+        progress.add_task(f"loading {model or MODEL}", total=None)
+        loaded = load(model or MODEL, dtype, device)
+    limit = loaded.model.config.get_text_config(decoder=True).max_position_embeddings
+    ids = loaded.encode(content)[:, : min(tokens, limit)]
+    if ids.shape[1] < SMALLEST + CONTINUED:
+        raise ValueError(
+            f"{ids.shape[1]} tokens of text: expected at least {SMALLEST + CONTINUED}, of which "
+            f"the last {CONTINUED} are predicted"
+        )
+    with progress_display() as progress:
+        progress.add_task(f"measuring on {ids.shape[1]:,} tokens", total=None)
+        found = run(
+            loaded.model,
+            {"input_ids": ids[:, :-CONTINUED]},
+            ids[:, -CONTINUED:],
+            name=Path(model or MODEL).name,
+        )
+        files = reporting.write(found, out)
+    if as_json:
+        return print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+    console = Console(highlight=False)
+    for line in reporting.findings(found):
+        console.print(f"- {line}", markup=False)
+    for table in reporting.tables(found):
+        console.print(_drawn(table))
+    chosen = found.recommendation
+    console.print(f"Recommended: {chosen.preset or 'no preset'}. {chosen.reason}", markup=False)
+    console.print(f"{files[-1]}", markup=False, soft_wrap=True)
+
+
+def _drawn(table: Any) -> Table:
+    title, header, rows = table
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for number, name in enumerate(header):
+        drawn.add_column(name, justify="right" if number else "left")
+    for cells in rows:
+        drawn.add_row(*cells)
+    return drawn
