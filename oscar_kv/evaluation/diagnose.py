@@ -8,7 +8,7 @@ channel, spoils the small ones. Everything is measured on the states of one forw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -201,10 +201,10 @@ def steps(value_dim: int) -> list[tuple[str, Ablation]]:
         value_group=group,
         recent_tokens=QUERIES,
     )
-    rotated = plain.replaced(rotation=True)
-    scaled = rotated.replaced(token_scale="per_head")
-    fitted = scaled.replaced(key_fit="unbiased", value_fit="unbiased", unbiased_norm=True)
-    large = fitted.replaced(key_group=128, value_group=None, metadata="fp8")
+    rotated = replace(plain, rotation=True)
+    scaled = replace(rotated, token_scale="per_head")
+    fitted = replace(scaled, key_fit="unbiased", value_fit="unbiased", unbiased_norm=True)
+    large = replace(fitted, key_group=128, value_group=None, metadata="fp8")
     return [
         ("plain groups of 32", plain),
         ("+ rotation", rotated),

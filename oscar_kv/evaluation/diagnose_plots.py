@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -45,7 +46,9 @@ def norms(diagnosis: Diagnosis) -> Figure:
             for layer in diagnosis.attention.values()
         ]
     )
-    relative = found / np.median(found, axis=1, keepdims=True)
+    relative = found / np.maximum(
+        np.median(found, axis=1, keepdims=True), np.finfo(np.float32).tiny
+    )
     drawn = above.imshow(
         relative.clip(1 / 8, 8),
         norm=LogNorm(1 / 4, 4),
@@ -53,7 +56,9 @@ def norms(diagnosis: Diagnosis) -> Figure:
         aspect="auto",
         interpolation="nearest",
     )
-    figure.colorbar(drawn, ax=above, label="norm / median", ticks=[0.25, 0.5, 1, 2, 4], format="%g")
+    bar = figure.colorbar(drawn, ax=above, label="norm / median")
+    bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["1/4", "1/2", "1", "2", "4"])
+    bar.minorticks_off()
     _label_heads(above, diagnosis)
     above.set_title("key norms", size=9)
 
@@ -84,16 +89,15 @@ def norms(diagnosis: Diagnosis) -> Figure:
 def channels(diagnosis: Diagnosis) -> Figure:
     """Keys and values, before and after rotation; a row per head, a column per channel."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    grid = figure.subplots(2, 2)
+    grid, scale = figure.subplots(2, 2), Normalize(0, 5)
     for line, name in zip(grid, ("keys", "values")):
         states = [getattr(layer.states, name)[0] for layer in diagnosis.attention.values()]
         for axes, turn, how in zip(line, (_same, rotate), ("as they are", "rotated")):
             rows = torch.cat([turn(x.float()).abs().mean(-2) for x in states]).cpu().numpy()
             mean = rows.mean(1, keepdims=True)
-            drawn = axes.imshow(
+            axes.imshow(
                 rows / np.where(mean > 0, mean, 1),
-                vmin=0,
-                vmax=5,
+                norm=scale,
                 cmap="viridis",
                 aspect="auto",
                 interpolation="nearest",
@@ -101,7 +105,9 @@ def channels(diagnosis: Diagnosis) -> Figure:
             _label_heads(axes, diagnosis)
             axes.set(xlabel="channel")
             axes.set_title(f"{name}, {how}", size=9)
-    figure.colorbar(drawn, ax=grid, label="magnitude / mean channel", extend="max")
+    figure.colorbar(
+        ScalarMappable(scale, "viridis"), ax=grid, label="magnitude / mean channel", extend="max"
+    )
     return figure
 
 
