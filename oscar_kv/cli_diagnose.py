@@ -48,7 +48,8 @@ def diagnose(
     with progress_display() as progress:
         progress.add_task(f"loading {model or MODEL}", total=None)
         loaded = load(model or MODEL, dtype, device)
-    limit = loaded.model.config.get_text_config(decoder=True).max_position_embeddings
+    config = loaded.model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or tokens
     ids = loaded.encode(content)[:, : min(tokens, limit)]
     if ids.shape[1] < SMALLEST + CONTINUED:
         raise ValueError(

@@ -156,19 +156,20 @@ def test_states_that_are_not_finite() -> None:
 
 
 def preset(name: str, bits: float, kl: float) -> PresetResult:
-    return PresetResult(name, bits, 100, kl, 0.9)
+    return PresetResult(name, bits, 100, kl, 0.9, 0.2)
 
 
 def test_recommendation() -> None:
     small, middle, large = (preset(*one) for one in (("a", 2, 0.3), ("b", 3, 0.02), ("c", 4, 0.0)))
     found = recommend([large, small, middle])
     assert found.preset == "b"
-    assert "b with 3.00 bits per element, a divergence of 0.0200 nats" in found.reason
-    assert "not close enough: a with 2.00 bits" in found.reason
-    assert "not close enough" not in recommend([large]).reason
+    assert "b, 3.00 bits per element, chooses the same next token in 90.0%" in found.reason
+    assert "0.0200 nats away" in found.reason
+    assert "too far off: a, 2.00 bits" in found.reason
+    assert "too far off" not in recommend([large]).reason
     none = recommend([small, preset("d", 5, 0.1)])
     assert none.preset is None
-    assert "The closest is d" in none.reason
+    assert "The nearest is d" in none.reason
 
 
 # -- models ---------------------------------------------------------------------------------
@@ -200,6 +201,8 @@ def test_steps_are_means_over_layers(demo: Diagnosis) -> None:
         both = [layer.steps[number].both for layer in demo.layers]
         assert step.both == pytest.approx(sum(both) / 8)
     assert demo.steps[0].both > demo.steps[-1].both
+    compact = next(one for one in demo.presets if one.name == "compact")
+    assert compact.attention == pytest.approx(demo.steps[-1].both, rel=1e-3)
 
 
 def test_report(demo: Diagnosis, tmp_path: Path) -> None:

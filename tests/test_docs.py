@@ -106,7 +106,14 @@ def _without_media_tokens(checkpoint: checkpoints.Checkpoint) -> Any:
     return checkpoint.model
 
 
-GIVEN = {"vision.md": given_images, "audio.md": given_sounds}
+def given_a_question(folder: Path) -> dict[str, Any]:
+    """Qwen2.5-VL and a long question about a picture."""
+    qwen = checkpoints.qwen_vl()
+    inputs = qwen.ask("what do you see? " * 60, checkpoints.image("red"))
+    return {"model": qwen.model, "inputs": inputs}
+
+
+GIVEN = {"diagnose.md": given_a_question, "vision.md": given_images, "audio.md": given_sounds}
 
 
 @torch.no_grad()
@@ -121,7 +128,7 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("page", SHELL_PAGES, ids=lambda page: page.name)
 def test_commands_run(page: Path, tmp_path: Path) -> None:
-    (tmp_path / "question.txt").write_text("import os\n")
+    (tmp_path / "question.txt").write_text("import os\n" * 300)
     programs = Path(sys.executable).parent
     environment = {
         **os.environ,

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from oscar_kv.config import PAGE_TOKENS, OscarConfig
+from oscar_kv.config import PAGE_TOKENS, PRESETS, OscarConfig
 from oscar_kv.core.rotation import rotate
 from oscar_kv.evaluation.capture import CapturedAttention, capture_attention
 from oscar_kv.evaluation.diagnose_presets import PresetResult, Recommendation, measure, recommend
 from oscar_kv.evaluation.environment import environment
-from oscar_kv.evaluation.methods import Ablation
+from oscar_kv.evaluation.methods import Ablation, Method, Quantized, method
 from oscar_kv.integrations.models import require_usable_cache
 
 QUERIES = 128
@@ -171,7 +172,12 @@ def diagnose(
     if len(kinds) != length:  # the model put in tokens of its own
         kinds = ["token"] * length
     measured = [measure_layer(index, layer, kinds) for index, layer in layers.items()]
-    presets = measure(model, inputs, continuation, _shape(first.keys, first.values))
+    errors = {
+        preset: fmean(_preset_error(layer, preset) for layer in layers.values())
+        for preset in PRESETS
+    }
+    shape = first.keys.shape[-1], first.keys.shape[1], first.values.shape[-1]
+    presets = measure(model, inputs, continuation, shape, errors)
     return Diagnosis(
         model=name or model.config.model_type,
         kinds=kinds,
@@ -281,16 +287,14 @@ def measure_layer(index: int, layer: CapturedAttention, kinds: Sequence[str]) ->
     keys, values = layer.states.keys.float(), layer.states.values.float()
     if not (keys.isfinite().all() and values.isfinite().all()):
         raise ValueError(f"layer {index}: its keys or values are not finite")
-    num_heads, older = keys.shape[1], (keys.shape[2] - QUERIES) // PAGE_TOKENS * PAGE_TOKENS
+    num_heads = keys.shape[1]
     exact = layer.attend(keys, values, QUERIES)
     found: list[StepErrors] = []
     key_groups: list[dict[str, GroupErrors]] = [{} for _ in range(num_heads)]
     value_groups: list[dict[str, GroupErrors]] = [{} for _ in range(num_heads)]
     by_head: list[dict[str, float]] = [{} for _ in range(num_heads)]
     for name, step in steps(values.shape[-1]):
-        read = step.quantize(keys[:, :, :older], values[:, :, :older], 0)
-        seen_keys = torch.cat([read.keys, keys[:, :, older:]], 2)
-        seen_values = torch.cat([read.values, values[:, :, older:]], 2)
+        seen_keys, seen_values, read = _read_older(layer, step)
         both = layer.attend(seen_keys, seen_values, QUERIES)
         found.append(
             StepErrors(
@@ -304,7 +308,7 @@ def measure_layer(index: int, layer: CapturedAttention, kinds: Sequence[str]) ->
         grouped = zip(*(out[0].unflatten(0, (num_heads, -1)) for out in (both, exact)))
         for head, outputs in enumerate(grouped):
             by_head[head][name] = _error(*outputs)
-            part = (0, head, slice(older))
+            part = (0, head, slice(read.keys.shape[2]))
             key_groups[head][name] = measure_groups(keys[part], read.keys[0, head], step.key_group)
             value_groups[head][name] = measure_groups(values[part], read.values[0, head], 1)
     heads = [
@@ -336,22 +340,31 @@ def _checked_ids(inputs: Mapping[str, Any]) -> Tensor:
     return ids
 
 
-def _shape(keys: Tensor, values: Tensor) -> tuple[int, int, int]:
-    """As :meth:`OscarConfig.bits_per_element` takes it."""
-    return keys.shape[-1], keys.shape[1], values.shape[-1]
+def _read_older(layer: CapturedAttention, quantizer: Method) -> tuple[Tensor, Tensor, Quantized]:
+    """All keys and values, those of whole pages before the last queries as ``quantizer`` reads
+    them, and these alone."""
+    keys, values = layer.states.keys.float(), layer.states.values.float()
+    older = (keys.shape[2] - QUERIES) // PAGE_TOKENS * PAGE_TOKENS
+    read = quantizer.quantize(keys[:, :, :older], values[:, :, :older], 0)
+    seen_keys = torch.cat([read.keys, keys[:, :, older:]], 2)
+    seen_values = torch.cat([read.values, values[:, :, older:]], 2)
+    return seen_keys, seen_values, read
+
+
+def _preset_error(layer: CapturedAttention, preset: str) -> float:
+    keys, values, _ = _read_older(layer, method(preset))
+    exact = layer.attend(layer.states.keys, layer.states.values, QUERIES)
+    return _error(layer.attend(keys, values, QUERIES), exact)
 
 
 def _mean_steps(layers: list[list[StepErrors]]) -> list[StepErrors]:
-    def mean(found: Sequence[float]) -> float:
-        return sum(found) / len(found)
-
     return [
         StepErrors(
             name=same[0].name,
-            bits=mean([one.bits for one in same]),
-            keys=mean([one.keys for one in same]),
-            values=mean([one.values for one in same]),
-            both=mean([one.both for one in same]),
+            bits=fmean(one.bits for one in same),
+            keys=fmean(one.keys for one in same),
+            values=fmean(one.values for one in same),
+            both=fmean(one.both for one in same),
         )
         for same in zip(*layers)
     ]

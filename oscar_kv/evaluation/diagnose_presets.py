@@ -34,6 +34,9 @@ class PresetResult:
     """Mean divergence of its next-token distribution from the full-precision cache's, nats."""
     agreement: float
     """Share of steps with the same most likely token."""
+    attention: float
+    """Relative error of the attention output, as :class:`~oscar_kv.evaluation.diagnose.StepErrors`
+    has it for both: the mean over layers."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,18 @@ class Recommendation:
 
 
 def measure(
-    model: Any, inputs: Mapping[str, Any], continuation: Tensor | None, shape: tuple[int, int, int]
+    model: Any,
+    inputs: Mapping[str, Any],
+    continuation: Tensor | None,
+    shape: tuple[int, int, int],
+    attention: Mapping[str, float],
 ) -> list[PresetResult]:
     """Decodes ``continuation`` with every preset's cache, those with the fewest bits first.
 
     Args:
         model, inputs, continuation: as in :func:`oscar_kv.evaluation.diagnose.diagnose`.
         shape: arguments of :meth:`OscarConfig.bits_per_element`.
+        attention: error of the attention output by preset.
     """
     reference, tokens = _decode(model, inputs, FULL_PRECISION, continuation)
     results = []
@@ -64,6 +72,7 @@ def measure(
                 tokens=len(logits),
                 kl=float(kl_divergence(reference, logits).mean()),
                 agreement=float((reference.argmax(-1) == logits.argmax(-1)).float().mean()),
+                attention=attention[preset],
             )
         )
     return sorted(results, key=lambda one: one.bits)
@@ -72,29 +81,30 @@ def measure(
 def recommend(presets: Sequence[PresetResult], limit: float = KL_LIMIT) -> Recommendation:
     """The preset with the fewest bits whose divergence is at most ``limit``."""
     close = [one for one in presets if one.kl <= limit]
+    rule = f"at most {limit:g} nats of divergence"
     if not close:
         best = min(presets, key=lambda one: one.kl)
         return Recommendation(
             None,
-            f"No preset stays close to the full-precision cache on this input (a divergence of at "
-            f"most {limit:g} nats). The closest is {_in_words(best)}. Keep full precision, or "
-            "compare answers before you use it.",
+            f"No preset predicts what follows this input nearly as the full-precision cache does "
+            f"({rule}). The nearest is {_in_words(best)}. Keep full precision, or compare answers "
+            "before you use it.",
         )
     chosen = min(close, key=lambda one: one.bits)
-    smaller = [one for one in presets if one.bits < chosen.bits]
     reason = (
-        f"Of the presets that stay close to the full-precision cache (a divergence of at most "
-        f"{limit:g} nats), it stores the fewest bits: {_in_words(chosen)}."
+        "It stores the fewest bits of the presets that predict what follows this input nearly as "
+        f"the full-precision cache does ({rule}): {_in_words(chosen)}."
     )
-    if smaller:
-        reason += " Smaller, but not close enough: " + "; ".join(map(_in_words, smaller)) + "."
+    if smaller := [one for one in presets if one.bits < chosen.bits]:
+        reason += " Smaller, but too far off: " + "; ".join(map(_in_words, smaller)) + "."
     return Recommendation(chosen.name, reason)
 
 
 def _in_words(one: PresetResult) -> str:
     return (
-        f"{one.name} with {one.bits:.2f} bits per element, a divergence of {one.kl:.4f} nats and "
-        f"the same most likely token in {one.agreement:.1%} of {one.tokens} steps"
+        f"{one.name}, {one.bits:.2f} bits per element, chooses the same next token in "
+        f"{one.agreement:.1%} of {one.tokens} steps, its probabilities are {one.kl:.4f} nats away "
+        f"(KL divergence), and the attention output of a layer is off by {one.attention:.1%}"
     )
 
 

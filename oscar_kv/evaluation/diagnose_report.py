@@ -48,9 +48,15 @@ def tables(diagnosis: Diagnosis) -> list[Table]:
     return [
         Table(
             "Presets, decoding what follows",
-            ["preset", "bits", "KL, nats", "same token"],
+            ["preset", "bits", "KL, nats", "same token", "attention error"],
             [
-                [one.name, f"{one.bits:.2f}", f"{one.kl:.4f}", f"{one.agreement:.1%}"]
+                [
+                    one.name,
+                    f"{one.bits:.2f}",
+                    f"{one.kl:.4f}",
+                    f"{one.agreement:.1%}",
+                    f"{one.attention:.4f}",
+                ]
                 for one in diagnosis.presets
             ],
         ),
