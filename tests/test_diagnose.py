@@ -253,12 +253,13 @@ def test_images_and_sounds(family: str, tmp_path: Path) -> None:
 
 def test_captured_attention_is_the_models_own() -> None:
     """Masks, scales, soft caps and sinks as the model has them."""
-    for name in ("Gemma2ForCausalLM", "GptOssForCausalLM", "Gemma3ForConditionalGeneration"):
-        if name == "Gemma3ForConditionalGeneration":
-            checkpoint = checkpoints.gemma3()
-            model, inputs = checkpoint.model, checkpoint.ask("what?", checkpoints.image("blue"))
-        else:
-            model, inputs = tiny_model(name), {"input_ids": torch.arange(40)[None] % 30}
+    ids = {"input_ids": torch.arange(40)[None] % 30}
+    image = checkpoints.gemma3()
+    for model, inputs in (
+        (tiny_model("Gemma2ForCausalLM", attn_logit_softcapping=1.0), ids),
+        (tiny_model("GptOssForCausalLM"), ids),
+        (image.model, image.ask("what?", checkpoints.image("blue"))),
+    ):
         outputs = record_outputs(model, inputs)
         for index, layer in capture_attention(model, inputs).items():
             got = layer.attend(layer.states.keys, layer.states.values, 8)
