@@ -207,10 +207,14 @@ def test_the_command(
 
 
 def test_the_first_interrupt_waits_for_the_token() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with repl._first_interrupt() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.is_set()
-        with pytest.raises(KeyboardInterrupt):
+    # a run in the background starts with interrupts ignored
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with repl._first_interrupt() as stop:
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert stop.is_set()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)

@@ -43,7 +43,7 @@ def cuda_pack(instructions: int, shared: int) -> Budget:
 
     What spills are mostly addresses that do not change: stored once, fetched again for every page.
     """
-    return Budget(128, shared << 10, ((instructions, 80),), 45)
+    return Budget(128, shared << 10, ((instructions, 60),), 25)
 
 
 # A little above what Triton 3.6 and 3.9 compile, whichever is more. They protect
@@ -94,10 +94,10 @@ BUDGETS = {
         "CUDA decode high 128: team of 4": cuda_decode(57, 128, 4, 113),
         "CUDA decode compact 64: team of 1": cuda_decode(40.5, 64, 1, 113),
         "CUDA decode compact 128: team of 1, streamed": cuda_decode(27, 128, 1, 113),
-        "CUDA pack compact 128": cuda_pack(2320, 83),
-        "CUDA pack quality 128": cuda_pack(2270, 84),
-        "CUDA pack high 128": cuda_pack(2520, 87),
-        "CUDA pack compact 64": cuda_pack(2620, 45),
+        "CUDA pack compact 128": cuda_pack(2440, 83),
+        "CUDA pack quality 128": cuda_pack(2390, 84),
+        "CUDA pack high 128": cuda_pack(2600, 87),
+        "CUDA pack compact 64": cuda_pack(2720, 45),
         "CUDA combine 64": Budget(64, 3072, ((180, 0),)),
         "CUDA combine 128": Budget(64, 5120, ((230, 0),)),
         "CUDA combine 128, streamed": Budget(64, 5120, ((230, 0),)),
@@ -125,10 +125,10 @@ BUDGETS = {
         "CUDA decode high 128: team of 4": cuda_decode(65.5, 128, 4, 81),
         "CUDA decode compact 64: team of 1": cuda_decode(44.5, 64, 1, 81),
         "CUDA decode compact 128: team of 1, streamed": cuda_decode(30.5, 128, 1, 81),
-        "CUDA pack compact 128": cuda_pack(2580, 83),
-        "CUDA pack quality 128": cuda_pack(2530, 84),
-        "CUDA pack high 128": cuda_pack(2750, 87),
-        "CUDA pack compact 64": cuda_pack(2820, 45),
+        "CUDA pack compact 128": cuda_pack(2690, 83),
+        "CUDA pack quality 128": cuda_pack(2640, 84),
+        "CUDA pack high 128": cuda_pack(2870, 87),
+        "CUDA pack compact 64": cuda_pack(2910, 45),
         "CUDA combine 64": Budget(64, 3072, ((180, 0),)),
         "CUDA combine 128": Budget(64, 5120, ((230, 0),)),
         "CUDA combine 128, streamed": Budget(64, 5120, ((230, 0),)),
