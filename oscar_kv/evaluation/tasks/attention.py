@@ -12,11 +12,11 @@ from oscar_kv.core.attention import attention
 from oscar_kv.evaluation.cache import FULL_BITS, Contender, bits_of
 from oscar_kv.evaluation.capture import capture
 from oscar_kv.evaluation.subject import Subject
-from oscar_kv.evaluation.tasks.base import Measured, Progress
+from oscar_kv.evaluation.tasks.base import Measured, Progress, Windowed
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionError:
+class AttentionError(Windowed):
     """``|out_hat - out| / |out|`` of a layer whose queries, keys and values are exact.
 
     The last ``queries`` positions of every window attend over everything before them, which the
@@ -24,22 +24,12 @@ class AttentionError:
     ``head_dim ** -0.5``; a model with soft-capped logits, sinks or another scale is not served.
 
     Attributes:
-        windows: how many.
-        length: tokens of a window.
         queries: positions that are compared.
     """
 
     windows: int = 4
-    length: int = 2048
     queries: int = 128
     name: ClassVar[str] = "attention"
-
-    @property
-    def count(self) -> int:
-        return self.windows
-
-    def require(self, subject: Subject) -> None:
-        subject.windows(self.windows, self.length)
 
     def run(
         self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress

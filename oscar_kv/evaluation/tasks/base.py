@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -45,6 +46,26 @@ class Task(Protocol):
     ) -> list[Measured]:
         """One result per contender, from the same windows, drawn with ``seed`` if at random."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowed:
+    """What tasks over windows of a text have in common.
+
+    Attributes:
+        windows: how many.
+        length: tokens of a window.
+    """
+
+    windows: int
+    length: int = 2048
+
+    @property
+    def count(self) -> int:
+        return self.windows
+
+    def require(self, subject: Subject) -> None:
+        subject.windows(self.windows, self.length)
 
 
 def exact_prompt(subject: Subject, tokens: Tensor) -> DynamicCache:

@@ -13,38 +13,28 @@ from transformers.cache_utils import Cache
 
 from oscar_kv.evaluation.cache import FULL_BITS, Contender, bits_of
 from oscar_kv.evaluation.subject import Subject
-from oscar_kv.evaluation.tasks.base import Measured, Progress, exact_prompt, kl_divergence
+from oscar_kv.evaluation.tasks.base import Measured, Progress, Windowed, exact_prompt, kl_divergence
 from oscar_kv.evaluation.teacher import fill, forced
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drift:
+class Drift(Windowed):
     """KL divergence from the full cache's logits, by position in a teacher-forced continuation.
 
     The states that a contender stores come from its own, perturbed forward passes, as in
     generation; the tokens are those of the text, so that all contenders stay on the same path.
 
     Attributes:
-        windows: how many.
-        length: tokens of a window.
         prefix: of them, the prompt.
         bucket: positions that are averaged, a multiple of ``step``.
         step: tokens per forward pass.
     """
 
     windows: int = 2
-    length: int = 2048
     prefix: int = 256
     bucket: int = 256
     step: int = 128
     name: ClassVar[str] = "drift"
-
-    @property
-    def count(self) -> int:
-        return self.windows
-
-    def require(self, subject: Subject) -> None:
-        subject.windows(self.windows, self.length)
 
     def run(
         self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress

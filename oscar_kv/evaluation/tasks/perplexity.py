@@ -15,17 +15,15 @@ from transformers.cache_utils import Cache
 
 from oscar_kv.evaluation.cache import FULL_BITS, Bits, Contender, bits_of
 from oscar_kv.evaluation.subject import Subject
-from oscar_kv.evaluation.tasks.base import Measured, Progress, exact_prompt, kl_divergence
+from oscar_kv.evaluation.tasks.base import Measured, Progress, Windowed, exact_prompt, kl_divergence
 from oscar_kv.evaluation.teacher import fill, forced
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perplexity:
+class Perplexity(Windowed):
     """Teacher-forced: a prompt of ``prefix`` tokens, the rest of the window in steps.
 
     Attributes:
-        windows: how many.
-        length: tokens of a window.
         prefix: of them, the prompt.
         step: tokens per forward pass; where ``prefix`` and ``step`` are multiples of 128 a step is
             what decoding token by token would be (:class:`~oscar_kv.evaluation.cache.MethodLayer`).
@@ -33,18 +31,10 @@ class Perplexity:
     """
 
     windows: int = 8
-    length: int = 2048
     prefix: int = 1024
     step: int = 128
     batch: int = 1
     name: ClassVar[str] = "perplexity"
-
-    @property
-    def count(self) -> int:
-        return self.windows
-
-    def require(self, subject: Subject) -> None:
-        subject.windows(self.windows, self.length)
 
     def run(
         self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress
