@@ -11,176 +11,60 @@ warms up and then follows a cosine down to zero at the end of the budget.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import sysconfig
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import transformers
 import typer
-from demo_data import (
+from demo_data import WINDOW, build_prompt, read_sources
+from training import (
+    Settings,
+    evaluate,
+    export_model,
+    hardware,
+    load_exported,
+    save_tokenizer,
+    train,
+    versions,
+)
+from transformers import LlamaConfig, LlamaForCausalLM
+from windows import (
     ANSWER_DIGITS,
-    BOS,
-    WINDOW,
+    BOS_ID,
     TrainingWindows,
     WindowMaker,
     build_held_out,
-    build_prompt,
     encode_stream,
-    read_sources,
     train_tokenizer,
 )
-from demo_model import (
-    VOCAB_SIZE,
-    add_training_dropout,
-    build_model,
-    evaluate,
-    export_model,
-    load_exported,
-)
-from torch.utils.data import DataLoader
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 HELD_OUT_SEED = 2024
-COMPILATION_STEPS = 3
-"""First steps, slow while the model compiles, that do not count against the minutes."""
+VOCAB_SIZE = 4096
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How long and how to train; ``steps`` replaces ``minutes`` when it is not zero."""
-
-    minutes: float
-    steps: int
-    device: str
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    dropout: float
-    workers: int
-    seed: int
-    warmup_share: float = 0.04
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    gradient_clip: float = 1.0
-
-
-def weighted_loss(
-    logits: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Next-token cross-entropy, averaged by the weight of the predicted token."""
-    losses = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+def build_model(seed: int) -> LlamaForCausalLM:
+    """Return the untrained model, about 8.9 million float32 parameters."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        tie_word_embeddings=True,
+        bos_token_id=BOS_ID,
+        eos_token_id=BOS_ID,
     )
-    target_weights = weights[:, 1:].flatten()
-    return (losses * target_weights).sum() / target_weights.sum()
-
-
-def learning_rate_factor(progress: float, warmup_share: float) -> float:
-    """Linear warm-up, then a cosine from 1 to 0; ``progress`` runs from 0 to 1."""
-    if progress < warmup_share:
-        return progress / warmup_share
-    decayed = min(1.0, (progress - warmup_share) / (1 - warmup_share))
-    return 0.5 * (1 + math.cos(math.pi * decayed))
-
-
-def make_optimizer(model: LlamaForCausalLM, settings: Settings) -> torch.optim.AdamW:
-    """AdamW that decays matrices, not the norms' gains."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    gains = [p for p in model.parameters() if p.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": gains, "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=settings.adam_betas,
-        fused=settings.device == "cuda",
-    )
-
-
-def train(
-    model: LlamaForCausalLM,
-    windows: TrainingWindows,
-    held_out: dict[str, np.ndarray],
-    settings: Settings,
-) -> dict:
-    """Train in place and return a record of the run: steps, minutes, tokens and a curve."""
-    on_cuda = settings.device == "cuda"
-    autocast = torch.autocast(settings.device, dtype=torch.bfloat16, enabled=on_cuda)
-    add_training_dropout(model, settings.dropout)
-    compute_loss = weighted_loss
-    if on_cuda:
-        torch.set_float32_matmul_precision("high")
-        for layer in model.model.layers:  # compiled once, shared by all layers
-            layer.compile()
-        compute_loss = torch.compile(weighted_loss)
-    optimizer = make_optimizer(model, settings)
-    batches = iter(
-        DataLoader(
-            windows,
-            batch_size=settings.batch_size,
-            num_workers=settings.workers,
-            pin_memory=on_cuda,
-            prefetch_factor=8 if settings.workers else None,
-        )
-    )
-    model.train()
-    curve: list[dict] = []
-    evaluation_time = 0.0
-    next_evaluation = 0.1
-    step, progress, elapsed, started = 0, 0.0, 0.0, time.perf_counter()
-    while progress < 1.0:
-        factor = learning_rate_factor(progress, settings.warmup_share)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
-        tokens, weights = (t.to(settings.device, non_blocking=True) for t in next(batches))
-        with autocast:
-            loss = compute_loss(model(tokens, use_cache=False).logits, tokens, weights)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step <= COMPILATION_STEPS:  # the clock starts once everything is compiled
-            loss.item()
-            started = time.perf_counter()
-        elif step % 10 == 0:
-            loss.item()  # keeps the host in step with the device, so that the clock is true
-        elapsed = time.perf_counter() - started - evaluation_time
-        progress = step / settings.steps if settings.steps else elapsed / 60 / settings.minutes
-        if progress >= next_evaluation or progress >= 1.0:
-            evaluation_started = time.perf_counter()
-            with autocast, torch.compiler.set_stance("force_eager"):
-                scores = evaluate(model, held_out)
-            point = {
-                "minutes": round(elapsed / 60, 3),
-                "step": step,
-                "training_loss": round(loss.item(), 4),
-                "held_out_perplexity": scores["perplexity"],
-                "recall": scores["recall"],
-            }
-            curve.append(point)
-            typer.echo(json.dumps(point))
-            next_evaluation += 0.1
-            evaluation_time += time.perf_counter() - evaluation_started
-    return {
-        "minutes": round(elapsed / 60, 3),
-        "steps": step,
-        "tokens_seen": step * settings.batch_size * WINDOW,
-        "curve": curve,
-    }
-
-
-def hardware(device: str) -> str:
-    """Name the accelerator, or the processor family."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
+    return LlamaForCausalLM(config)
 
 
 def main(
@@ -221,18 +105,19 @@ def main(
     training_texts, held_out_texts = read_sources(source)
     tokenizer = train_tokenizer(training_texts.values(), VOCAB_SIZE)
     stream = encode_stream(tokenizer, training_texts.values())
-    held_out, distances = build_held_out(tokenizer, held_out_texts.values(), HELD_OUT_SEED)
+    held_out_stream = encode_stream(tokenizer, held_out_texts.values())
+    held_out, distances = build_held_out(
+        WindowMaker(tokenizer, held_out_stream, WINDOW), HELD_OUT_SEED
+    )
     typer.echo(f"{len(training_texts)} files, {len(stream)} tokens")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=WINDOW
-    ).save_pretrained(output)
+    save_tokenizer(tokenizer, WINDOW, output)
     np.savez_compressed(output / "heldout.npz", allow_pickle=False, **held_out)
     (output / "prompt.txt").write_text(build_prompt(held_out_texts), encoding="utf-8")
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the window workers are forked
     model = build_model(seed)
     torch.nn.Module.to(model, device)
-    windows = TrainingWindows(WindowMaker(tokenizer, stream), seed)
+    windows = TrainingWindows(WindowMaker(tokenizer, stream, WINDOW), seed)
     run = train(model, windows, held_out, settings)
     export_model(model, output)
 
@@ -241,11 +126,7 @@ def main(
     record = {
         "settings": asdict(settings),
         "hardware": hardware(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "data": {
             "standard_library": source_version or platform.python_version(),
             "files": len(training_texts),
