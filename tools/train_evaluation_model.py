@@ -5,9 +5,10 @@
     python tools/train_evaluation_model.py --steps 3 --batch-size 1 --device cpu --output /tmp/try
 
 ``llama`` has no QK-norm, ``qwen3`` has. Both see ``<bos>`` first in every window and nowhere else.
-In large models the first token has massive activations in a few channels, which norms scale down: its keys and values are small, and attention sinks into it. Minutes are too
-short for that to grow from nothing, so it is where training starts, and may go anywhere from there;
-``sinks`` in ``training.json`` says where it went.
+In large models the first token has massive activations in a few channels, which norms scale down:
+its keys and values are small, and attention sinks into it. Minutes are too short for that to grow
+from nothing, so it is where training starts, and may go anywhere from there; ``sinks`` in
+``training.json`` says where it went.
 
 They read the code and documentation that the Python installation holds. The folder gets the model,
 its tokenizer, ``heldout.npz`` (text of packages never trained on) and ``training.json``.
@@ -54,8 +55,8 @@ MOST_NUMBERS = 3
 TOKENIZER_SHARE = 8
 """The tokenizer learns from every eighth text."""
 HELD_OUT_SEED = 2024
-MASSIVE_CHANNEL, MASSIVE, GAIN = 7, 30.0, 0.1
-"""A channel, how large ``<bos>`` begins in it (others are about 0.02), and the norms' gain there."""
+MASSIVE_CHANNEL, MASSIVE, GAIN = 7, 100.0, 0.1
+"""A channel, how large ``<bos>`` begins there (others are about 0.02), and every norm's gain."""
 
 
 class Kind(str, Enum):
@@ -88,7 +89,7 @@ def build_model(kind: Kind, seed: int) -> PreTrainedModel:
         for name, weight in model.named_parameters():
             if name.endswith("embed_tokens.weight"):
                 weight[BOS_ID, MASSIVE_CHANNEL] = MASSIVE
-            elif name.endswith(("input_layernorm.weight", "model.norm.weight")):
+            elif name.endswith(("layernorm.weight", "model.norm.weight")):
                 weight[MASSIVE_CHANNEL] = GAIN
     return model
 
