@@ -37,6 +37,7 @@ class Settings:
     dropout: float
     workers: int
     seed: int
+    first_token: float = 0.0
     warmup_share: float = 0.04
     adam_betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
@@ -51,6 +52,21 @@ def weighted_loss(
     )
     target_weights = weights[:, 1:].flatten()
     return (losses * target_weights).sum() / target_weights.sum()
+
+
+def first_token_norms(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Squared norms of the first token's keys and values over other tokens', mean of layers.
+
+    Args:
+        model: any causal model.
+        tokens: int ``[B, T]``; the first token has the same states however much follows.
+    """
+    ratios = []
+    for layer in model(tokens, use_cache=True).past_key_values.layers:
+        for states in (layer.keys, layer.values):
+            squares = states.float().square().sum(-1)
+            ratios.append((squares[..., 0] / squares[..., 1:].mean(-1).detach()).mean())
+    return torch.stack(ratios).mean()
 
 
 def learning_rate_factor(progress: float, warmup_share: float) -> float:
@@ -114,7 +130,12 @@ def train(
         tokens, weights = (t.to(settings.device, non_blocking=True) for t in next(batches))
         with autocast:
             loss = compute_loss(model(tokens, use_cache=False).logits, tokens, weights)
-        loss.backward()
+            objective = loss
+            if settings.first_token:
+                with torch.compiler.set_stance("force_eager"):
+                    norms = first_token_norms(model, tokens[:1, :64])
+                objective = loss + settings.first_token * norms
+        objective.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
