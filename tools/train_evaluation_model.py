@@ -5,10 +5,10 @@
     python tools/train_evaluation_model.py --steps 3 --batch-size 1 --device cpu --output /tmp/try
 
 ``llama`` has no QK-norm, ``qwen3`` has. Both see ``<bos>`` first in every window and nowhere else.
-In large models attention sinks into the first token, whose keys and values are small: the imbalance
-that token scaling is for. Within minutes sinks form, but not their small norms, so these are asked
-for by a term of the loss, which ``--first-token 0`` leaves out; ``sinks`` in ``training.json`` says
-what came of it. (QK-norm makes all keys alike: in ``qwen3`` only values can be small.)
+In large models without QK-norm attention sinks into the first token, whose keys and values are
+small: the imbalance that token scaling is for. Within minutes sinks form, but not their small
+norms. So for ``llama`` a term of the loss asks for these, which ``--first-token 1e9`` leaves out;
+``sinks`` in ``training.json`` says what came of it.
 
 They read the code and documentation that the Python installation holds. The folder gets the model,
 its tokenizer, ``heldout.npz`` (text of packages never trained on) and ``training.json``.
@@ -130,8 +130,8 @@ def main(
     weight_decay: Annotated[float, typer.Option(help="AdamW weight decay.")] = 0.1,
     workers: Annotated[int, typer.Option(help="Processes that make windows.")] = 4,
     first_token: Annotated[
-        float, typer.Option(help="Weight of the first token's squared norms in the loss.")
-    ] = 0.1,
+        float, typer.Option(help="Norm of the first token's keys and values, over the others'.")
+    ] = 0.3,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the windows.")] = 0,
 ) -> None:
     """Train one and export it."""
@@ -146,7 +146,7 @@ def main(
         dropout=0.0,
         workers=workers,
         seed=seed,
-        first_token=first_token,
+        first_token=first_token if kind is Kind.llama else None,
     )
     roots = source or [Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib")]
     texts = read_installation(roots)

@@ -37,7 +37,7 @@ class Settings:
     dropout: float
     workers: int
     seed: int
-    first_token: float = 0.0
+    first_token: float | None = None
     warmup_share: float = 0.04
     adam_betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
@@ -54,19 +54,22 @@ def weighted_loss(
     return (losses * target_weights).sum() / target_weights.sum()
 
 
-def first_token_norms(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Squared norms of the first token's keys and values over other tokens', mean of layers.
+def excess_of_first_token(
+    model: PreTrainedModel, tokens: torch.Tensor, wanted: float
+) -> torch.Tensor:
+    """By how much the first token's keys and values exceed ``wanted``, mean of layers and heads.
 
     Args:
         model: any causal model.
         tokens: int ``[B, T]``; the first token has the same states however much follows.
+        wanted: its norm over the other tokens' root mean square. Norms below that are as good.
     """
     ratios = []
     for layer in model(tokens, use_cache=True).past_key_values.layers:
         for states in (layer.keys, layer.values):
             squares = states.float().square().sum(-1)
-            ratios.append((squares[..., 0] / squares[..., 1:].mean(-1).detach()).mean())
-    return torch.stack(ratios).mean()
+            ratios.append((squares[..., 0] / squares[..., 1:].mean(-1).detach()).flatten())
+    return torch.relu(torch.cat(ratios).sqrt() - wanted).mean()
 
 
 def learning_rate_factor(progress: float, warmup_share: float) -> float:
@@ -131,10 +134,10 @@ def train(
         with autocast:
             loss = compute_loss(model(tokens, use_cache=False).logits, tokens, weights)
             objective = loss
-            if settings.first_token:
+            if settings.first_token is not None:
                 with torch.compiler.set_stance("force_eager"):
-                    norms = first_token_norms(model, tokens[:1, :64])
-                objective = loss + settings.first_token * norms
+                    excess = excess_of_first_token(model, tokens[:1, :64], settings.first_token)
+                objective = loss + excess
         objective.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimizer.step()
