@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +20,8 @@ from vllm.v1.attention.backend import (
 from oscar_kv.config import PAGE_TOKENS, OscarConfig
 from oscar_kv.integrations.vllm.plugin import KV_CACHE_DTYPE
 from oscar_kv.integrations.vllm.recent import RecentCache
-from oscar_kv.integrations.vllm.rows import Ring, RowGroup, Rows, group_rows, locate
-from oscar_kv.integrations.vllm.step import attend_step
+from oscar_kv.integrations.vllm.rows import DecodeRows, Ring, Rows, group_rows
+from oscar_kv.integrations.vllm.step import attend_step, has_kernels, row_operations
 from oscar_kv.storage.layout import PageLayout
 
 _DRAFTS = ("ngram", "ngram_gpu", "suffix")
@@ -34,28 +34,16 @@ class OscarMetadata:
     """One step; the layers share it."""
 
     num_tokens: int
-    groups: list[RowGroup]
-    query_begins: Tensor
-    lengths: Tensor
-    block_table: Tensor
+    groups: list[Rows]
     most_pages: int
-    located: list[Rows] = field(default_factory=list)
-
-    def rows(self, ring: Ring) -> list[Rows]:
-        """Where the step's tokens lie, worked out by the first layer that asks."""
-        if not self.located:
-            self.located = [
-                locate(group, self.query_begins, self.lengths, self.block_table, ring)
-                for group in self.groups
-            ]
-        return self.located
 
 
 class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
-    """Groups the requests of a step by how many tokens they compute."""
+    """Groups the requests of a step by how many tokens they compute, and locates their rows.
 
-    # Rows are made anew in every step, where a graph would keep those it was captured with.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    A step in which all requests decode has its rows where the one before it had them, and nothing
+    of its metadata depends on lengths: a CUDA graph of it serves them all.
+    """
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -66,6 +54,18 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
             raise ValueError(
                 "OSCAR_KV: vLLM padded the pages, because another layer has a larger KV cache"
             )
+        self._most_requests = vllm_config.scheduler_config.max_num_seqs
+        self._most_queries = 1 + vllm_config.num_speculative_tokens
+        self._most_pages = vllm_config.model_config.max_model_len // PAGE_TOKENS
+        self._operations = row_operations(_layout(kv_cache_spec), device)
+        self._decode_rows: DecodeRows | None = None
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        device = torch.device(vllm_config.device_config.device)
+        if has_kernels(_layout(kv_cache_spec), device):
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -73,15 +73,28 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise NotImplementedError("OSCAR_KV serves causal attention only")
-        begins = common.query_start_loc_cpu[: common.num_reqs + 1]
-        return OscarMetadata(
-            num_tokens=common.num_actual_tokens,
-            groups=group_rows(begins.diff().tolist(), self.device),
-            query_begins=common.query_start_loc[: common.num_reqs + 1],
-            lengths=common.seq_lens[: common.num_reqs],
-            block_table=common.block_table_tensor,
-            most_pages=common.max_seq_len // PAGE_TOKENS,
-        )
+        lengths = common.query_start_loc_cpu[: common.num_reqs + 1].diff().tolist()
+        width = common.block_table_tensor.shape[1]
+        if self._decode_rows is None:
+            self._decode_rows = DecodeRows(
+                self._most_requests, self._most_queries, width, self.device
+            )
+        rows = self._decode_rows.of(lengths)
+        if rows is None:
+            groups = group_rows(lengths, width, self.device)
+            most_pages = common.max_seq_len // PAGE_TOKENS
+        else:
+            groups, most_pages = [rows], self._most_pages
+        for group in groups:
+            self._operations.locate(
+                group, common.query_start_loc, common.seq_lens, common.block_table_tensor
+            )
+        return OscarMetadata(common.num_actual_tokens, groups, most_pages)
+
+
+def _layout(kv_cache_spec: Any) -> PageLayout:
+    """Of any preset: which backend serves it depends on its heads alone."""
+    return PageLayout(OscarConfig.compact(), kv_cache_spec.head_size, kv_cache_spec.num_kv_heads)
 
 
 class OscarAttention(AttentionImpl[OscarMetadata]):
@@ -161,7 +174,6 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Attention of the step's new tokens ``[N, heads, D]``, written to ``output``."""
-        spec = self.recent.spec
         if attn_metadata is None:
             self._rehearse(query, key, value, output)
             return output
@@ -174,8 +186,8 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
             key[:count],
             value[:count],
             kv_cache.flatten(2),
-            self.recent.kv_cache,
-            attn_metadata.rows(Ring(table, spec.blocks_per_request, spec.block_size)),
+            Ring(self.recent.kv_cache, table, self.recent.spec.blocks_per_request),
+            attn_metadata.groups,
             output[:count],
             layout=self.layout,
             most_pages=attn_metadata.most_pages,
@@ -191,24 +203,23 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         pages = 1 + -(-count // PAGE_TOKENS)
         heads, device = self.num_kv_heads, query.device
         shape = (1 + spec.blocks_per_request, heads, spec.block_size, 2 * self.head_size)
-        ring_table = torch.arange(1, shape[0], device=device)[None]
-        rows = [
-            locate(
-                group,
-                torch.tensor([0, count], device=device),
-                torch.tensor([count], device=device),
+        ring_table = torch.arange(1, shape[0], dtype=torch.int32, device=device)[None]
+        begins = torch.tensor([0, count], dtype=torch.int32, device=device)
+        groups = group_rows([count], pages, device)
+        for rows in groups:
+            row_operations(self.layout, device).locate(
+                rows,
+                begins,
+                begins[1:],
                 torch.arange(pages, dtype=torch.int32, device=device)[None],
-                Ring(ring_table, spec.blocks_per_request, spec.block_size),
             )
-            for group in group_rows([count], device)
-        ]
         attend_step(
             query,
             key,
             value,
             torch.zeros((pages, heads, self.layout.page_bytes), dtype=torch.uint8, device=device),
-            torch.zeros(shape, dtype=key.dtype, device=device),
-            rows,
+            Ring(torch.zeros(shape, dtype=key.dtype, device=device), ring_table, shape[0] - 1),
+            groups,
             output,
             layout=self.layout,
             most_pages=pages,
