@@ -1,4 +1,4 @@
-"""What an engine's step over pages is tested with: requests, pools with garbage in them, an oracle."""
+"""What steps over an engine's pages are tested with: requests, pools of garbage, an oracle."""
 
 from __future__ import annotations
 
@@ -105,8 +105,12 @@ class Engine:
         self.advance(chunks)
         return dict(zip(chunks, output.split(list(chunks.values()))))
 
-    def expected(self, request: int) -> Tensor:
-        """Each token over the earlier blocks as they were packed, and its own block exactly."""
+    def expected(self, request: int, packing: float = 0.0) -> Tensor:
+        """Each token over the earlier blocks as they were packed, and its own block exactly.
+
+        Args:
+            packing: how far pages may be from what they should be, relative to that.
+        """
         keys, values = (x[request, : self.computed[request]] for x in (self.keys, self.values))
         answers = []
         for begin in range(0, len(keys), PAGE_TOKENS):
@@ -119,7 +123,8 @@ class Engine:
                 unpack(data, self.layout)
                 for data in (pages, pack(exact_keys, exact_values, self.layout))
             )
-            assert all(map(torch.equal, written, wanted))
+            for one, other in zip(written, wanted):
+                assert (one - other).norm() <= packing * other.norm()
             packed = [states.transpose(1, 2).flatten(0, 1) for states in written]
             own = slice(begin, begin + PAGE_TOKENS)
             query = self.queries[request, own][: len(keys) - begin]

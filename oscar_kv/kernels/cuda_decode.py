@@ -195,7 +195,7 @@ def combine_program(value_dim: int, dtype: torch.dtype, streamed: bool = False) 
 
 
 def plan(packed: Sequences, num_new: int) -> Plan:
-    """How to divide the work of a decode step: whatever the lengths, if only the device has them."""
+    """How to divide a decode step; for any lengths alike where only the device knows them."""
     layout, device = packed.layout, packed.device
     dense = sum(-(-tokens // DENSE_TOKENS) for tokens in _dense_tokens(packed, num_new))
     owners = packed.batch_size * layout.num_kv_heads

@@ -28,6 +28,9 @@ _DRAFTS = ("ngram", "ngram_gpu", "suffix")
 """Ways to speculate without a KV cache for drafts. vLLM's first model runner gives the layers of a
 draft model the block table of whatever cache comes first, which would be ours."""
 
+_SERVED = PageLayout(OscarConfig.compact(), 128, 8)
+"""Pages like any other: a device has kernels for all that vLLM may ask the backend for, or none."""
+
 
 @dataclass
 class OscarMetadata:
@@ -57,13 +60,13 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
         self._most_requests = vllm_config.scheduler_config.max_num_seqs
         self._most_queries = 1 + vllm_config.num_speculative_tokens
         self._most_pages = vllm_config.model_config.max_model_len // PAGE_TOKENS
-        self._operations = row_operations(_layout(kv_cache_spec), device)
+        self._operations = row_operations(_SERVED, device)
         self._decode_rows: DecodeRows | None = None
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         device = torch.device(vllm_config.device_config.device)
-        if has_kernels(_layout(kv_cache_spec), device):
+        if has_kernels(_SERVED, device):
             return AttentionCGSupport.UNIFORM_BATCH
         return AttentionCGSupport.NEVER
 
@@ -90,11 +93,6 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
                 group, common.query_start_loc, common.seq_lens, common.block_table_tensor
             )
         return OscarMetadata(common.num_actual_tokens, groups, most_pages)
-
-
-def _layout(kv_cache_spec: Any) -> PageLayout:
-    """Of any preset: which backend serves it depends on its heads alone."""
-    return PageLayout(OscarConfig.compact(), kv_cache_spec.head_size, kv_cache_spec.num_kv_heads)
 
 
 class OscarAttention(AttentionImpl[OscarMetadata]):
