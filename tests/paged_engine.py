@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS, OscarConfig
 from oscar_kv.core.attention import attention
-from oscar_kv.integrations.vllm.rows import DecodeRows, Ring, group_rows
+from oscar_kv.integrations.vllm.rows import DecodeRows, Ring, Rows, group_rows
 from oscar_kv.integrations.vllm.step import attend_step, row_operations
 from oscar_kv.kernels import pack, unpack
 from oscar_kv.storage.layout import PageLayout
@@ -189,7 +189,7 @@ class DecodeStep:
 
         self.run: Callable[[], object] = run
 
-    def load(self, chunks: dict[int, int]) -> None:
+    def load(self, chunks: dict[int, int]) -> Rows:
         """What happens before a graph is replayed."""
         padded = self.requests - len(chunks)
         for target, source in zip(self.batch, self.engine.batch(chunks, padded)):
@@ -199,6 +199,7 @@ class DecodeStep:
         rows = self.rows.of([*chunks.values(), *[0] * padded])
         assert rows is not None
         self.operations.locate(rows, *self.batch[:3])
+        return rows
 
     def __call__(self, chunks: dict[int, int]) -> dict[int, Tensor]:
         self.load(chunks)

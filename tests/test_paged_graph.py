@@ -27,6 +27,7 @@ from oscar_kv.integrations.vllm.rows import DecodeRows, Rows, group_rows
 from oscar_kv.kernels import cuda_decode, dispatch, reference
 from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.cuda_decode import Plan
+from oscar_kv.kernels.cuda_driver import Program
 from oscar_kv.storage.paged import PagedSequences
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -140,9 +141,8 @@ def captured(step: DecodeStep) -> DecodeStep:
 @needs_gpu
 def test_a_step_on_a_gpu_waits_for_nothing() -> None:
     step = DecodeStep(prefilled(1, torch.bfloat16, "cuda"), 4, 1)
-    step({0: 1, 1: 1, 2: 1})
-    rows = step.rows.of([1, 1, 1, 0])
-    assert rows is not None
+    rows = step.load({0: 1, 1: 1, 2: 1})
+    step.run()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step.operations.locate(rows, *step.batch[:3])
@@ -175,21 +175,70 @@ def _flat(index: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.skipif(GPU, reason="there is a better one on a GPU")
+@needs_compiler
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_no_step_waits_for_the_device(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = prefilled(tokens, torch.float16)
     use_emulator(monkeypatch)
     waits = WaitsForNothing()
     step = DecodeStep(engine, 4, tokens)
-    step.load(dict.fromkeys(range(3), tokens))
-    rows = step.rows.of([tokens] * 3 + [0])
-    assert rows is not None
+    rows = step.load(dict.fromkeys(range(3), tokens))
     with waits:
         step.operations.locate(rows, *step.batch[:3])
         step.run()
     for wait in (lambda x: x.tolist(), int, bool, lambda x: x[x > 0], torch.nonzero):
         with pytest.raises(AssertionError, match="waits for the device"), waits:
             wait(rows.page_counts[:1])
+
+
+@pytest.mark.skipif(GPU, reason="in Triton's interpreter")
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_launches_of_a_layer(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four, or five where queries have to be put in order; PyTorch only sets memory aside."""
+    engine = prefilled(tokens, torch.float16)
+    use_emulator(monkeypatch)
+    step = DecodeStep(engine, 4, tokens)
+    step.load(dict.fromkeys(range(3), tokens))
+    launched: list[str] = []
+
+    class Launches:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(triton_rows, f"_{name}_kernel")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    def run(program: Program, *arguments: Any, emulated_run: Any = emulated.run) -> None:
+        launched.append(program.name)
+        emulated_run(program, *arguments)
+
+    monkeypatch.setattr(emulated, "run", run)
+    for name in ("locate", "open", "close"):
+        monkeypatch.setattr(triton_rows, f"_{name}_kernel", Launches(name))
+    calls = Calls()
+    with calls:
+        step.run()
+    assert launched == ["open", "pack", "decode", "combine", "close"][: 4 if tokens == 1 else 5]
+    assert calls.names <= {
+        *("new_empty", "empty", "unsqueeze", "contiguous", "is_contiguous", "__getitem__"),
+        *("__get__", "__len__", "stride", "size", "storage_offset", "untyped_storage", "data_ptr"),
+    }
+
+
+class Calls(TorchFunctionMode):
+    """The functions of PyTorch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_work_is_divided_without_knowing_lengths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,7 @@ def compile_program(program: Program, architecture: str) -> bytes:
 
 
 @lru_cache(maxsize=8)
+@lru_cache(maxsize=8)
 def missing(device: torch.device) -> str | None:
     """What :func:`compile_program` lacks to compile for a device, ``None`` if nothing."""
     if torch.version.cuda is None:

@@ -196,78 +196,117 @@ def _open_kernel(
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     part = tl.program_id(2)
+    owner = row * tl.num_programs(1) + head
     tail = tl.load(tail_lengths + row)
     old = tl.load(old_lengths + row)
     first_token = tl.load(first_tokens + row)
-    channel = tl.arange(0, padded_head_dim)[None, :]
-    if part < _PAGE // tokens:
-        slot = part * tokens + tl.arange(0, tokens)
-        if part * tokens >= tail:
-            return
-        position = tl.load(page_counts + row) * _PAGE + slot
-        places = ring_table + tl.load(requests + row).to(tl.int64) * ring_table_stride
-        place = tl.load(
-            places + position // block_tokens % ring_blocks, mask=slot < tail, other=0
-        ).to(tl.int64)
-        exact = place * ring_stride_b + head * ring_stride_h
-        exact = ring + (exact + position % block_tokens * ring_stride_t)[:, None]
-        is_old = (slot < old)[:, None]
-        is_new = ((slot >= old) & (slot < tail))[:, None]
-        token = (first_token + slot).to(tl.int64)[:, None]
-        value_channel = tl.arange(0, padded_value_dim)[None, :]
-        key = tl.load(
-            keys + token * key_stride_t + head * key_stride_h + channel,
-            mask=is_new & (channel < head_dim),
-            other=0.0,
-        )
-        value = tl.load(
-            values + token * value_stride_t + head * value_stride_h + value_channel,
-            mask=is_new & (value_channel < value_dim),
-            other=0.0,
-        )
-        if stores:
-            kept = position >= tl.load(lengths + row) - ring_blocks * block_tokens
-            kept = is_new & kept[:, None]
-            tl.store(exact + channel, key, mask=kept & (channel < head_dim))
-            tl.store(
-                exact + head_dim + value_channel, value, mask=kept & (value_channel < value_dim)
-            )
-        if loads:
-            is_used = (slot < tail)[:, None]
-            old_key = tl.load(exact + channel, mask=is_old & (channel < head_dim), other=0.0)
-            old_value = tl.load(
-                exact + head_dim + value_channel,
-                mask=is_old & (value_channel < value_dim),
-                other=0.0,
-            )
-            target = ((row * tl.num_programs(1) + head) * _PAGE + slot)[:, None]
-            tl.store(
-                tail_keys + target * head_dim + channel,
-                tl.where(is_old, old_key, key),
-                mask=is_used & (channel < head_dim),
-            )
-            tl.store(
-                tail_values + target * value_dim + value_channel,
-                tl.where(is_old, old_value, value),
-                mask=is_used & (value_channel < value_dim),
+    slot_parts: tl.constexpr = _PAGE // tokens
+    if part < slot_parts:
+        if part * tokens < tail:
+            _open_slots(
+                part * tokens + tl.arange(0, tokens),
+                tail,
+                old,
+                first_token,
+                tl.load(page_counts + row) * _PAGE,
+                tl.load(lengths + row),
+                keys + head * key_stride_h,
+                key_stride_t,
+                values + head * value_stride_h,
+                value_stride_t,
+                ring + head * ring_stride_h,
+                ring_stride_b,
+                ring_stride_t,
+                ring_table + tl.load(requests + row).to(tl.int64) * ring_table_stride,
+                tail_keys + owner * _PAGE * head_dim,
+                tail_values + owner * _PAGE * value_dim,
+                head_dim,
+                value_dim,
+                padded_head_dim,
+                padded_value_dim,
+                block_tokens,
+                ring_blocks,
+                loads,
+                stores,
             )
     else:
-        number = (part - _PAGE // tokens) * tokens + tl.arange(0, tokens)
-        there = (number < group * num_queries)[:, None]
+        number = (part - slot_parts) * tokens + tl.arange(0, tokens)
         slot = tail - num_queries + number % num_queries
-        is_new = (slot >= old)[:, None]
-        token = (first_token + slot).to(tl.int64)[:, None]
-        query_head = head * group + number // num_queries
+        there = (number < group * num_queries)[:, None]
+        channel = tl.arange(0, padded_head_dim)[None, :]
+        token = (first_token + slot).to(tl.int64) * query_stride_t
+        source = query + token + (head * group + number // num_queries) * query_stride_h
         states = tl.load(
-            query + token * query_stride_t + query_head[:, None] * query_stride_h + channel,
-            mask=there & is_new & (channel < head_dim),
+            source[:, None] + channel,
+            mask=there & (slot >= old)[:, None] & (channel < head_dim),
             other=0.0,
         )
-        target = (row * tl.num_programs(1) + head) * group * num_queries + number
+        target = queries + (owner * group * num_queries + number) * head_dim
+        tl.store(target[:, None] + channel, states, mask=there & (channel < head_dim))
+
+
+@triton.jit
+def _open_slots(
+    slot,
+    tail,
+    old,
+    first_token,
+    start,
+    length,
+    keys,
+    key_stride_t,
+    values,
+    value_stride_t,
+    ring,
+    ring_stride_b,
+    ring_stride_t,
+    ring_table,
+    tail_keys,
+    tail_values,
+    head_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    padded_head_dim: tl.constexpr,
+    padded_value_dim: tl.constexpr,
+    block_tokens: tl.constexpr,
+    ring_blocks: tl.constexpr,
+    loads: tl.constexpr,
+    stores: tl.constexpr,
+):
+    """Some slots of a row's block, which begins at position ``start``; pointers are to one head."""
+    channel = tl.arange(0, padded_head_dim)[None, :]
+    value_channel = tl.arange(0, padded_value_dim)[None, :]
+    is_channel = channel < head_dim
+    is_value_channel = value_channel < value_dim
+    position = start + slot
+    column = position // block_tokens % ring_blocks
+    place = tl.load(ring_table + column, mask=slot < tail, other=0).to(tl.int64)
+    exact = ring + (place * ring_stride_b + position % block_tokens * ring_stride_t)[:, None]
+    token = (first_token + slot).to(tl.int64)[:, None]
+    is_old = (slot < old)[:, None]
+    is_new = ((slot >= old) & (slot < tail))[:, None]
+    key = tl.load(keys + token * key_stride_t + channel, mask=is_new & is_channel, other=0.0)
+    value = tl.load(
+        values + token * value_stride_t + value_channel, mask=is_new & is_value_channel, other=0.0
+    )
+    if stores:
+        is_kept = is_new & (position >= length - ring_blocks * block_tokens)[:, None]
+        tl.store(exact + channel, key, mask=is_kept & is_channel)
+        tl.store(exact + head_dim + value_channel, value, mask=is_kept & is_value_channel)
+    if loads:
+        old_key = tl.load(exact + channel, mask=is_old & is_channel, other=0.0)
+        old_value = tl.load(
+            exact + head_dim + value_channel, mask=is_old & is_value_channel, other=0.0
+        )
+        is_used = (slot < tail)[:, None]
         tl.store(
-            queries + target[:, None] * head_dim + channel,
-            states,
-            mask=there & (channel < head_dim),
+            tail_keys + slot[:, None] * head_dim + channel,
+            tl.where(is_old, old_key, key),
+            mask=is_used & is_channel,
+        )
+        tl.store(
+            tail_values + slot[:, None] * value_dim + value_channel,
+            tl.where(is_old, old_value, value),
+            mask=is_used & is_value_channel,
         )
 
 
