@@ -141,6 +141,9 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.softcap = logits_soft_cap or None
         self.layout = PageLayout(self.config, head_size, self.num_kv_heads)
+        self.most_requests = vllm_config.scheduler_config.max_num_seqs
+        self.most_queries = 1 + vllm_config.num_speculative_tokens
+        self.most_pages = vllm_config.model_config.max_model_len // PAGE_TOKENS
         self.recent: RecentCache
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -195,32 +198,36 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         return output
 
     def _rehearse(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-        """A prompt as long as a step may be, in pools of its own: vLLM measures what that takes
-        before it gives the rest of the memory to the cache."""
-        spec, count = self.recent.spec, query.shape[0]
-        pages = 1 + -(-count // PAGE_TOKENS)
-        heads, device = self.num_kv_heads, query.device
-        shape = (1 + spec.blocks_per_request, heads, spec.block_size, 2 * self.head_size)
-        ring_table = torch.arange(1, shape[0], dtype=torch.int32, device=device)[None]
-        begins = torch.tensor([0, count], dtype=torch.int32, device=device)
-        groups = group_rows([count], pages, device)
-        for rows in groups:
-            row_operations(self.layout, device).locate(
-                rows,
-                begins,
-                begins[1:],
-                torch.arange(pages, dtype=torch.int32, device=device)[None],
-            )
-        attend_step(
-            query,
-            key,
-            value,
-            torch.zeros((pages, heads, self.layout.page_bytes), dtype=torch.uint8, device=device),
-            Ring(torch.zeros(shape, dtype=key.dtype, device=device), ring_table, shape[0] - 1),
-            groups,
-            output,
-            layout=self.layout,
-            most_pages=pages,
-            scaling=self.scale,
-            softcap=self.softcap,
+        """A prompt as long as a step may be, and as many requests as may decode at once, in pools
+        of their own: vLLM measures what these take before it gives the rest to the cache."""
+        spec, device, tokens = self.recent.spec, query.device, len(query)
+        heads, blocks = self.num_kv_heads, spec.blocks_per_request
+        pages = torch.arange(1 + tokens // PAGE_TOKENS, dtype=torch.int32, device=device)
+        pool = torch.zeros(
+            (len(pages), heads, self.layout.page_bytes), dtype=torch.uint8, device=device
         )
+        shape = (1 + blocks, heads, spec.block_size, 2 * self.head_size)
+        recent = torch.zeros(shape, dtype=key.dtype, device=device)
+        ring_blocks = torch.arange(1, 1 + blocks, dtype=torch.int32, device=device)
+        few = min(self.most_queries, tokens)
+        for requests, length in ((1, tokens), (min(tokens // few, self.most_requests), few)):
+            groups = group_rows([length] * requests, len(pages), device)
+            begins = length * torch.arange(requests + 1, dtype=torch.int32, device=device)
+            for rows in groups:
+                row_operations(self.layout, device).locate(
+                    rows, begins, begins.diff(), pages.expand(requests, -1)
+                )
+            count = requests * length
+            attend_step(
+                query[:count],
+                key[:count],
+                value[:count],
+                pool,
+                Ring(recent, ring_blocks.expand(requests, -1), blocks),
+                groups,
+                output[:count],
+                layout=self.layout,
+                most_pages=self.most_pages,
+                scaling=self.scale,
+                softcap=self.softcap,
+            )
