@@ -25,8 +25,8 @@ from oscar_kv.integrations.vllm.step import attend_step, has_kernels, row_operat
 from oscar_kv.storage.layout import PageLayout
 
 _DRAFTS = ("ngram", "ngram_gpu", "suffix")
-"""Ways to speculate without a KV cache for drafts. vLLM's first model runner gives the layers of a
-draft model the block table of whatever cache comes first, which would be ours."""
+"""Ways to speculate without a KV cache for drafts. vLLM's first model runner knows a draft model with
+one KV cache per layer only, where ours have two, and the second one cannot be tested without a GPU."""
 
 _SERVED = PageLayout(OscarConfig.compact(), 128, 8)
 """Pages like any other: a device has kernels for all that vLLM may ask the backend for, or none."""

@@ -58,9 +58,12 @@ class Rows:
     @staticmethod
     def of(num_queries: int, requests: Tensor, blocks: Tensor, width: int) -> Rows:
         """Rows of these requests and blocks that are still to be located; width of the table."""
-        numbers = torch.zeros((7, len(requests)), dtype=torch.int32, device=requests.device)
-        table = torch.zeros((len(requests), width), dtype=torch.int32, device=requests.device)
-        return Rows(num_queries, requests, blocks, *numbers, table)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros((len(requests), *shape), dtype=torch.int32, device=requests.device)
+
+        numbers = (zeros(), zeros(), zeros(), zeros(), zeros(), zeros(), zeros())
+        return Rows(num_queries, requests, blocks, *numbers, zeros(width))
 
     def first(self, count: int, num_queries: int, *, in_order: bool) -> Rows:
         """The first ``count`` of these rows, in the same memory."""
