@@ -25,8 +25,8 @@ from oscar_kv.integrations.vllm.step import attend_step, has_kernels, row_operat
 from oscar_kv.storage.layout import PageLayout
 
 _DRAFTS = ("ngram", "ngram_gpu", "suffix")
-"""Ways to speculate without a KV cache for drafts. vLLM's first model runner knows a draft model with
-one KV cache per layer only, where ours have two, and the second one cannot be tested without a GPU."""
+"""Ways to speculate without a KV cache for drafts. vLLM's first model runner takes a draft model's
+layers to have one cache each, where ours have two; its second one has not been tried."""
 
 _SERVED = PageLayout(OscarConfig.compact(), 128, 8)
 """Pages like any other: a device has kernels for all that vLLM may ask the backend for, or none."""
