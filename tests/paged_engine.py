@@ -170,7 +170,7 @@ class DecodeStep:
         self.keys, self.values = (self.query[:, :HEADS].clone() for _ in range(2))
         self.output = torch.full_like(self.query, torch.nan)
         ring = replace(engine.ring, table=self.batch[3])
-        located = self.rows.of([tokens] * requests)
+        located = self.rows.of([tokens] * requests, requests * tokens)
         assert located is not None
 
         def run() -> None:
@@ -196,7 +196,7 @@ class DecodeStep:
             target.copy_(source)
         for target, source in zip((self.query, self.keys, self.values), self.engine.states(chunks)):
             target[: len(source)] = source
-        rows = self.rows.of([*chunks.values(), *[0] * padded])
+        rows = self.rows.of([*chunks.values(), *[0] * padded], len(self.output))
         assert rows is not None
         self.operations.locate(rows, *self.batch[:3])
         return rows

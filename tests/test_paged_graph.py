@@ -267,18 +267,19 @@ def places(rows: Rows) -> list[tuple[object, ...]]:
 def test_rows_stay_where_they_are() -> None:
     decoding = DecodeRows(6, 3, 9, torch.device("cpu"))
 
-    def rows(*lengths: int) -> Rows:
-        found = decoding.of(lengths)
+    def rows(*lengths: int, tokens: int = 0) -> Rows:
+        found = decoding.of(lengths, tokens or sum(lengths))
         assert found is not None
         return found
 
-    assert places(rows(1, 1, 1, 0)) == places(rows(1, 1, 1, 1))
+    assert places(rows(1, 1, 1, 0, tokens=4)) == places(rows(1, 1, 1, 1))
     assert places(rows(3, 3, 0, 0)) == places(rows(3, 3, 3, 3))
     assert places(rows(3, 3)) != places(rows(3, 3, 3))
-    assert rows(1, 1, 0).in_order
+    assert rows(1, 1, 0, tokens=3).in_order
+    assert not rows(1, 1, 0).in_order
     assert not rows(1, 0, 1).in_order
     assert not rows(2, 2).in_order
-    assert decoding.of([1] * 7) is decoding.of([4]) is decoding.of([0, 0]) is None
+    assert decoding.of([1] * 7, 7) is decoding.of([4], 4) is decoding.of([0, 0], 2) is None
     assert rows(3, 1).requests.tolist() == [0, 0, 1, 1]
     assert rows(3, 1).blocks.tolist() == [0, 1, 0, 1]
 

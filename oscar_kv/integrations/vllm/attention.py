@@ -82,7 +82,7 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
             self._decode_rows = DecodeRows(
                 self._most_requests, self._most_queries, width, self.device
             )
-        rows = self._decode_rows.of(lengths)
+        rows = self._decode_rows.of(lengths, common.num_actual_tokens)
         if rows is None:
             groups = group_rows(lengths, width, self.device)
             most_pages = common.max_seq_len // PAGE_TOKENS

@@ -53,7 +53,8 @@ class Rows:
     block_table: Tensor
     """int32 ``[V, width]``, as :class:`~oscar_kv.storage.paged.PagedSequences` asks for it."""
     in_order: bool = False
-    """Row ``v`` is request ``v``, and its only new token is number ``v`` of the batch."""
+    """Row ``v`` is request ``v``, and place ``v`` in the batch is that of its only new token, if it
+    has one."""
 
     @staticmethod
     def of(num_queries: int, requests: Tensor, blocks: Tensor, width: int) -> Rows:
@@ -114,21 +115,26 @@ class DecodeRows:
     ) -> None:
         self.most_requests, self.most_queries = most_requests, most_queries
         self._rows: dict[int, Rows] = {}
-        for blocks in sorted({most_blocks(1), most_blocks(most_queries)}):
+        for blocks in range(1, 1 + most_blocks(most_queries)):
             row = torch.arange(most_requests * blocks, dtype=torch.int32, device=device)
             self._rows[blocks] = Rows.of(most_queries, row // blocks, row % blocks, width)
 
-    def of(self, query_lengths: Sequence[int]) -> Rows | None:
+    def of(self, query_lengths: Sequence[int], num_tokens: int) -> Rows | None:
         """The rows of a step, ``None`` if it is not such a one.
 
         Requests without new tokens, with which an engine fills up a batch, have rows, too: what
         follows depends on how many requests there are, and on the most tokens of one.
+
+        Args:
+            query_lengths: how many tokens each request of the batch computes.
+            num_tokens: places for tokens in the batch, whether they are filled or not.
         """
         most, requests = max(query_lengths, default=0), len(query_lengths)
         if requests > self.most_requests or not 1 <= most <= self.most_queries:
             return None
         blocks = most_blocks(most)
-        in_order = most == 1 and 0 not in query_lengths[: sum(query_lengths)]
+        begins_with_ones = most == 1 and 0 not in query_lengths[: sum(query_lengths)]
+        in_order = begins_with_ones and requests <= num_tokens
         return self._rows[blocks].first(requests * blocks, most, in_order=in_order)
 
 
