@@ -28,6 +28,8 @@ from triton.runtime.jit import JITFunction
 
 from oscar_kv import OscarConfig
 from oscar_kv.config import PRESETS
+from oscar_kv.integrations.vllm import triton_rows
+from oscar_kv.integrations.vllm.rows import Ring, group_rows
 from oscar_kv.kernels import triton_backend as backend
 from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.cuda_decode import combine_program, decode_program
@@ -60,6 +62,8 @@ CASES = {
         ("append", "compact", 128),
         ("extend", "compact", 128),
         ("unpack", "compact", 128),
+        ("rows", "compact", 128),
+        ("rows", "compact", 96),
     ],
 }
 
@@ -196,6 +200,8 @@ def _pretend_device(**answers: object) -> None:
 
 
 def _launch(operation: str, preset: str, head_dim: int) -> None:
+    if operation == "rows":
+        return _launch_rows(head_dim)
     config = OscarConfig.preset(preset)
 
     def states(heads: int, tokens: int) -> Tensor:
@@ -221,6 +227,19 @@ def _launch(operation: str, preset: str, head_dim: int) -> None:
         visible = Visibility(queries)
         query = states(QUERY_HEADS, queries)
         backend.attend(AttentionCall(query, packed, visible, head_dim**-0.5))
+
+
+def _launch_rows(head_dim: int) -> None:
+    """What an engine's decode step does with rows."""
+    numbers = torch.zeros(SEQUENCES + 1, 64, dtype=torch.int32)
+    begins, lengths, table = numbers[:, 0], numbers[:SEQUENCES, 0], numbers[:SEQUENCES]
+    states = torch.zeros(TOKENS, QUERY_HEADS + 2 * KV_HEADS, head_dim, dtype=torch.bfloat16)
+    query, keys, values = states.split((QUERY_HEADS, KV_HEADS, KV_HEADS), 1)
+    ring = Ring(torch.zeros(9, KV_HEADS, 16, 2 * head_dim, dtype=torch.bfloat16), table, 8)
+    for rows in group_rows([1] * SEQUENCES, 64, torch.device("cpu")):
+        triton_rows.locate(rows, begins, lengths, table)
+        queries, _, _ = triton_rows.open_rows(rows, query, keys, values, ring)
+        triton_rows.close_rows(rows, queries, query)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,12 @@ BUDGETS = {
             255, 114688, ((1620, 32), (1050, 4), (700, 4)), 145
         ),
         "unpack compact 128: unpack_kernel": Budget(184, 49152, ((1200, 0), (1020, 0)), 4),
+        "rows compact 128: locate_kernel": Budget(48, 0),
+        "rows compact 128: open_kernel": Budget(96, 0),
+        "rows compact 128: close_kernel": Budget(48, 0),
+        "rows compact 96: locate_kernel": Budget(48, 0),
+        "rows compact 96: open_kernel": Budget(96, 0),
+        "rows compact 96: close_kernel": Budget(48, 0),
         "CUDA decode compact 128: team of 1": cuda_decode(27, 128, 1, 113),
         "CUDA decode compact 128: team of 2": cuda_decode(35.5, 128, 2, 113),
         "CUDA decode compact 128: team of 4": cuda_decode(48, 128, 4, 113),

@@ -6,108 +6,15 @@ import random
 
 import pytest
 import torch
+from paged_engine import Engine
 
-from oscar_kv.config import PAGE_TOKENS, OscarConfig
-from oscar_kv.core.attention import attention
-from oscar_kv.integrations.vllm.rows import Ring, group_rows, locate
-from oscar_kv.integrations.vllm.step import attend_step
-from oscar_kv.kernels import pack, unpack
-from oscar_kv.storage.layout import PageLayout
-
-HEADS, GROUP, HEAD_DIM = 2, 2, 64
-BLOCK = 16
-
-
-class Engine:
-    """Pools with garbage in them, and for each request its tokens, pages and ring."""
-
-    def __init__(self, requests: int, longest: int, drafts: int = 0) -> None:
-        self.layout = PageLayout(OscarConfig.compact(), HEAD_DIM, HEADS)
-        generator = torch.Generator().manual_seed(longest)
-        shape = (requests, longest, HEADS, HEAD_DIM)
-        self.keys = torch.randn(shape, generator=generator) + 0.5
-        self.values = torch.randn(shape, generator=generator)
-        queries = (requests, longest, HEADS * GROUP, HEAD_DIM)
-        self.queries = torch.randn(queries, generator=generator)
-        width = -(-longest // PAGE_TOKENS) + 1
-        self.table = (1 + torch.randperm(requests * width)).view(requests, width).int()
-        capacity = requests * width + 1
-        self.pages = torch.full((capacity, HEADS, self.layout.page_bytes), 255, dtype=torch.uint8)
-        blocks = -(-(PAGE_TOKENS + drafts) // BLOCK)
-        ring_table = 1 + torch.randperm(requests * blocks).view(requests, blocks)
-        self.ring = Ring(ring_table, blocks, BLOCK)
-        self.recent = torch.full((1 + requests * blocks, HEADS, BLOCK, 2 * HEAD_DIM), torch.nan)
-        self.computed = [0] * requests
-
-    def step(self, chunks: dict[int, int]) -> dict[int, torch.Tensor]:
-        """Computes so many more tokens of these requests, in this order."""
-        order, counts = list(chunks), list(chunks.values())
-        device = torch.device("cpu")
-
-        def gathered(states: torch.Tensor) -> torch.Tensor:
-            parts = [states[r, self.computed[r] : self.computed[r] + n] for r, n in chunks.items()]
-            return torch.cat(parts)
-
-        query = gathered(self.queries)
-        output = torch.full_like(query, torch.nan)
-        begins = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
-        lengths = torch.tensor([self.computed[r] + n for r, n in chunks.items()])
-        ring = Ring(self.ring.table[order], self.ring.blocks, BLOCK)
-        rows = [
-            locate(group, begins, lengths, self.table[order], ring)
-            for group in group_rows(counts, device)
-        ]
-        attend_step(
-            query,
-            gathered(self.keys),
-            gathered(self.values),
-            self.pages,
-            self.recent,
-            rows,
-            output,
-            layout=self.layout,
-            most_pages=self.table.shape[1],
-            scaling=HEAD_DIM**-0.5,
-        )
-        for request, count in chunks.items():
-            self.computed[request] += count
-        return dict(zip(order, output.split(counts)))
-
-    def expected(self, request: int) -> torch.Tensor:
-        """Each token over the earlier blocks as they were packed, and its own block exactly."""
-        keys, values = (x[request, : self.computed[request]] for x in (self.keys, self.values))
-        answers = []
-        for begin in range(0, len(keys), PAGE_TOKENS):
-            whole = begin // PAGE_TOKENS
-            pages = self.pages[self.table[request, :whole].long()]
-            exact_keys, exact_values = (
-                x[:begin].unflatten(0, (whole, PAGE_TOKENS)).transpose(1, 2) for x in (keys, values)
-            )
-            written, wanted = (
-                unpack(data, self.layout)
-                for data in (pages, pack(exact_keys, exact_values, self.layout))
-            )
-            assert all(map(torch.equal, written, wanted))
-            packed = [states.transpose(1, 2).flatten(0, 1) for states in written]
-            own = slice(begin, begin + PAGE_TOKENS)
-            query = self.queries[request, own][: len(keys) - begin]
-            seen_keys, seen_values = (
-                torch.cat([old, new[own]]) for old, new in zip(packed, (keys, values))
-            )
-            answer = attention(
-                query.transpose(0, 1).unsqueeze(0),
-                seen_keys.transpose(0, 1).unsqueeze(0),
-                seen_values.transpose(0, 1).unsqueeze(0),
-                scaling=HEAD_DIM**-0.5,
-            )
-            answers.append(answer[0].transpose(0, 1))
-        return torch.cat(answers)
+from oscar_kv.config import PAGE_TOKENS
 
 
 def check(engine: Engine, answers: dict[int, list[torch.Tensor]], tolerance: float = 2e-5) -> None:
     for request, parts in answers.items():
         found, expected = torch.cat(parts), engine.expected(request)
-        torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-4)
+        torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=1e-4)
 
 
 def test_triton_kernels_take_the_same_view(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,10 +81,10 @@ def test_a_request_that_is_computed_again_finds_shared_pages() -> None:
     engine.keys[1], engine.values[1] = engine.keys[0], engine.values[0]
     engine.step({0: 300})
     engine.table[1, :2] = engine.table[0, :2]
-    engine.recent[engine.ring.table[1]] = torch.nan
+    engine.ring.data[engine.ring.table[1]] = torch.nan
     engine.computed[1] = 2 * PAGE_TOKENS
     (answer,) = engine.step({1: 44}).values()
-    torch.testing.assert_close(answer, engine.expected(1)[256:], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(answer.double(), engine.expected(1)[256:], atol=2e-5, rtol=1e-4)
 
 
 def test_pages_completed_in_this_step_can_be_shared_in_it() -> None:
@@ -187,4 +94,4 @@ def test_pages_completed_in_this_step_can_be_shared_in_it() -> None:
     engine.computed[1] = 2 * PAGE_TOKENS
     answers = engine.step({1: 3, 0: 259})
     check(engine, {0: [answers[0]]})
-    torch.testing.assert_close(answers[1], engine.expected(1)[256:], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(answers[1].double(), engine.expected(1)[256:], atol=2e-5, rtol=1e-4)

@@ -249,7 +249,12 @@ def extend_attention(
 
 
 def attend_paged(
-    query: Tensor, sequences: PagedSequences, *, scaling: float, softcap: float | None = None
+    query: Tensor,
+    sequences: PagedSequences,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """:func:`extend_attention` over an engine's pages; on a GPU nothing waits for the device.
 
@@ -260,13 +265,14 @@ def attend_paged(
         query: ``[B, Hq, Tq, D]``; the newest ``Tq`` tokens of each sequence lie in its tail.
         sequences: new tokens included.
         scaling, softcap: as there.
+        out: where the result goes, contiguous; a new tensor if omitted.
 
     Returns:
         ``[B, Hq, Tq, E]`` in the dtype of ``query``.
     """
     with _operations(sequences.layout, sequences.device) as operations:
         visibility = Visibility(query.shape[2])
-        call = AttentionCall(query, sequences, visibility, scaling, softcap=softcap)
+        call = AttentionCall(query, sequences, visibility, scaling, softcap=softcap, out=out)
         return operations.attend(call)
 
 

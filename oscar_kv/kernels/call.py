@@ -26,8 +26,16 @@ class AttentionCall:
     softcap: float | None = None
     s_aux: Tensor | None = None
     """``[Hq]``, contiguous."""
+    out: Tensor | None = None
+    """``[B, Hq, Tq, E]`` in the dtype of the query, contiguous: where the result goes."""
 
     @property
     def rows(self) -> int:
         """Query rows of one KV head."""
         return self.query.shape[2] * (self.query.shape[1] // self.packed.layout.num_kv_heads)
+
+    def new_result(self) -> Tensor:
+        """``out``, or as much memory: ``[B, Hq, Tq, E]``, to be filled."""
+        if self.out is not None:
+            return self.out
+        return self.query.new_empty((*self.query.shape[:3], self.packed.layout.value_dim))

@@ -195,7 +195,7 @@ def combine_program(value_dim: int, dtype: torch.dtype, streamed: bool = False) 
 
 
 def plan(packed: Sequences, num_new: int) -> Plan:
-    """How to divide the work of a decode step."""
+    """How to divide a decode step; for any lengths alike where only the device knows them."""
     layout, device = packed.layout, packed.device
     dense = sum(-(-tokens // DENSE_TOKENS) for tokens in _dense_tokens(packed, num_new))
     owners = packed.batch_size * layout.num_kv_heads
@@ -206,10 +206,13 @@ def plan(packed: Sequences, num_new: int) -> Plan:
     fewest = next(team for team in (1, 2, 4) if memory(team) <= block_shared_memory(device))
     together = min(_MOST_BLOCKS_PER_SM, shared_memory(device) // memory(fewest))
     processors = multiprocessors(device)
-    read = layout.num_kv_heads * sum(packed.pages_per_sequence)
+    streamed = Plan(fewest, 0, dense, streamed=together * processors)
+    if packed.total_pages is None:
+        return streamed
+    read = layout.num_kv_heads * packed.total_pages
     team, parts = _divide(owners, packed.most_pages, read, processors, together, fewest)
     if not parts:
-        return Plan(team, 0, dense, streamed=together * processors)
+        return streamed
     return Plan(team, parts, dense, dense_apart=(parts + dense) * owners <= together * processors)
 
 
@@ -285,8 +288,7 @@ def decode(call: AttentionCall, work: Plan | None = None, run: Run = run) -> Ten
     ranges = None
     if work.streamed:
         ranges = torch.empty((owners, 2), dtype=torch.int32, device=device)
-    shape = (batch, num_heads, num_queries, layout.value_dim)
-    out = torch.empty(shape, dtype=query.dtype, device=device)
+    out = call.new_result()
     parts = DecodeArguments(
         pool=packed.page_data.data_ptr(),
         table=packed.block_table.data_ptr(),

@@ -91,7 +91,8 @@ def attend(call: AttentionCall) -> Tensor:
     attend_dense(packed.tail_keys[:, :, :used], packed.tail_values[:, :, :used], begins, ends)
     if new_keys is not None and new_values is not None:
         attend_dense(new_keys, new_values, limits, packed.lengths)
-    return softmax.finish().unflatten(2, (-1, num_queries)).flatten(1, 2).to(query.dtype)
+    result = softmax.finish().unflatten(2, (-1, num_queries)).flatten(1, 2)
+    return call.new_result().copy_(result)
 
 
 class _OnlineSoftmax:

@@ -108,7 +108,7 @@ def decode(call: AttentionCall) -> Tensor:
         maxnreg=168 if columns == 8 else 255,
         **launch,
     )
-    out = torch.empty((*query.shape[:3], page.value_dim), dtype=query.dtype, device=device)
+    out = call.new_result()
     outer, inner = rotation_factors(page.value_dim, device)
     parts_padded = 1 << (parts - 1).bit_length()
     chunk = min(parts_padded, 64)

@@ -73,7 +73,7 @@ def extend(call: AttentionCall) -> Tensor:
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     if new_keys is not None and new_values is not None:
         new_keys, new_values = new_keys.contiguous(), new_values.contiguous()
-    output = query.new_empty((batch, num_heads, num_queries, layout.value_dim))
+    output = call.new_result()
     blocks = triton.cdiv(group * num_queries, spec.block_rows)
     parts = _parts(blocks * layout.num_kv_heads * batch, packed.block_table.shape[1], device)
     sums = statistics = None

@@ -59,6 +59,8 @@ class Sequences(Protocol):
     @property
     def most_pages(self) -> int: ...
     @property
+    def total_pages(self) -> int | None: ...
+    @property
     def most_tail_tokens(self) -> int: ...
     @property
     def fewest_tail_tokens(self) -> int: ...
@@ -72,13 +74,17 @@ class PagedSequences:
     Attributes:
         layout: of the pages.
         page_data: uint8 ``[capacity, H, page_bytes]``, contiguous.
-        block_table: int32 ``[B, width]``; entries from ``page_counts`` on name pages that hold
-            finite numbers, or there are none that do.
+        block_table: int32 ``[B, width]``.
         page_counts: int32 ``[B]``.
-        tail_keys: ``[B, H, 128, D]``, the newest tokens in the model's dtype; finite throughout.
+        tail_keys: ``[B, H, 128, D]``, the newest tokens in the model's dtype.
         tail_values: ``[B, H, 128, E]``.
         tail_lengths: int32 ``[B]``.
+        sink_lengths: int32 ``[B]``, zeros.
         most_pages: no sequence has more.
+
+    The reference backend also reads what is not in use, with a weight of zero: entries of the
+    table from ``page_counts`` on have to name pages that hold finite numbers (unless there are none
+    that do), and the tail's slots from ``tail_lengths`` on to be finite. Kernels read neither.
     """
 
     layout: PageLayout
@@ -88,6 +94,7 @@ class PagedSequences:
     tail_keys: Tensor
     tail_values: Tensor
     tail_lengths: Tensor
+    sink_lengths: Tensor
     most_pages: int
 
     @property
@@ -111,12 +118,12 @@ class PagedSequences:
         return self.tail_values[:, :, :0]
 
     @property
-    def sink_lengths(self) -> Tensor:
-        return torch.zeros_like(self.tail_lengths)
-
-    @property
     def most_tail_tokens(self) -> int:
         return self.tail_keys.shape[2]
+
+    @property
+    def total_pages(self) -> None:
+        """Only the device knows."""
 
     @property
     def fewest_tail_tokens(self) -> int:

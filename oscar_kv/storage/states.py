@@ -137,6 +137,11 @@ class PackedStates:
         return [len(sequence.pages) for sequence in self._sequences]
 
     @property
+    def total_pages(self) -> int:
+        """Pages of all sequences, as far as the host has heard of them."""
+        return sum(self.pages_per_sequence)
+
+    @property
     def sinks_per_sequence(self) -> list[int]:
         """Full-precision first tokens of each sequence."""
         return [sequence.sinks for sequence in self._sequences]

@@ -143,3 +143,13 @@ def test_seven_times_the_tokens_in_the_same_memory(tmp_path: Path) -> None:
     shape = ModelShape.load(str(path))
     planned = [shape.served_tokens(name, 160 << 20, 65536) for name in ("bf16", "compact")]
     assert planned == tokens
+
+
+def test_triton_kernels_in_the_engine(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU has them, in Triton's interpreter: across the end of a block."""
+    monkeypatch.setenv("OSCAR_KV_BACKEND", "triton")
+    prompts = [prompt(1, 126), prompt(2, 5)]
+    with engine(llama, max_num_seqs=2, max_model_len=256) as llm:
+        found = answers(llm, prompts, 5)
+    monkeypatch.undo()
+    assert_greedy(llama, prompts, found)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,13 +20,16 @@ from vllm.v1.attention.backend import (
 from oscar_kv.config import PAGE_TOKENS, OscarConfig
 from oscar_kv.integrations.vllm.plugin import KV_CACHE_DTYPE
 from oscar_kv.integrations.vllm.recent import RecentCache
-from oscar_kv.integrations.vllm.rows import Ring, RowGroup, Rows, group_rows, locate
-from oscar_kv.integrations.vllm.step import attend_step
+from oscar_kv.integrations.vllm.rows import DecodeRows, Ring, Rows, group_rows
+from oscar_kv.integrations.vllm.step import attend_step, has_kernels, row_operations
 from oscar_kv.storage.layout import PageLayout
 
 _DRAFTS = ("ngram", "ngram_gpu", "suffix")
-"""Ways to speculate without a KV cache for drafts. vLLM's first model runner gives the layers of a
-draft model the block table of whatever cache comes first, which would be ours."""
+"""Ways to speculate without a KV cache for drafts. vLLM's first model runner takes a draft model's
+layers to have one cache each, where ours have two; its second one has not been tried."""
+
+_SERVED = PageLayout(OscarConfig.compact(), 128, 8)
+"""Pages like any other: a device has kernels for all that vLLM may ask the backend for, or none."""
 
 
 @dataclass
@@ -34,28 +37,16 @@ class OscarMetadata:
     """One step; the layers share it."""
 
     num_tokens: int
-    groups: list[RowGroup]
-    query_begins: Tensor
-    lengths: Tensor
-    block_table: Tensor
+    groups: list[Rows]
     most_pages: int
-    located: list[Rows] = field(default_factory=list)
-
-    def rows(self, ring: Ring) -> list[Rows]:
-        """Where the step's tokens lie, worked out by the first layer that asks."""
-        if not self.located:
-            self.located = [
-                locate(group, self.query_begins, self.lengths, self.block_table, ring)
-                for group in self.groups
-            ]
-        return self.located
 
 
 class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
-    """Groups the requests of a step by how many tokens they compute."""
+    """Groups the requests of a step by how many tokens they compute, and locates their rows.
 
-    # Rows are made anew in every step, where a graph would keep those it was captured with.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    A step in which all requests decode has its rows where the one before it had them, and nothing
+    of its metadata depends on lengths: a CUDA graph of it serves them all.
+    """
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -66,6 +57,18 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
             raise ValueError(
                 "OSCAR_KV: vLLM padded the pages, because another layer has a larger KV cache"
             )
+        self._most_requests = vllm_config.scheduler_config.max_num_seqs
+        self._most_queries = 1 + vllm_config.num_speculative_tokens
+        self._most_pages = vllm_config.model_config.max_model_len // PAGE_TOKENS
+        self._operations = row_operations(_SERVED, device)
+        self._decode_rows: DecodeRows | None = None
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        device = torch.device(vllm_config.device_config.device)
+        if has_kernels(_SERVED, device):
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -73,15 +76,23 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise NotImplementedError("OSCAR_KV serves causal attention only")
-        begins = common.query_start_loc_cpu[: common.num_reqs + 1]
-        return OscarMetadata(
-            num_tokens=common.num_actual_tokens,
-            groups=group_rows(begins.diff().tolist(), self.device),
-            query_begins=common.query_start_loc[: common.num_reqs + 1],
-            lengths=common.seq_lens[: common.num_reqs],
-            block_table=common.block_table_tensor,
-            most_pages=common.max_seq_len // PAGE_TOKENS,
-        )
+        lengths = common.query_start_loc_cpu[: common.num_reqs + 1].diff().tolist()
+        width = common.block_table_tensor.shape[1]
+        if self._decode_rows is None:
+            self._decode_rows = DecodeRows(
+                self._most_requests, self._most_queries, width, self.device
+            )
+        rows = self._decode_rows.of(lengths, common.num_actual_tokens)
+        if rows is None:
+            groups = group_rows(lengths, width, self.device)
+            most_pages = common.max_seq_len // PAGE_TOKENS
+        else:
+            groups, most_pages = [rows], self._most_pages
+        for group in groups:
+            self._operations.locate(
+                group, common.query_start_loc, common.seq_lens, common.block_table_tensor
+            )
+        return OscarMetadata(common.num_actual_tokens, groups, most_pages)
 
 
 class OscarAttention(AttentionImpl[OscarMetadata]):
@@ -130,6 +141,9 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.softcap = logits_soft_cap or None
         self.layout = PageLayout(self.config, head_size, self.num_kv_heads)
+        self.most_requests = vllm_config.scheduler_config.max_num_seqs
+        self.most_queries = 1 + vllm_config.num_speculative_tokens
+        self.most_pages = vllm_config.model_config.max_model_len // PAGE_TOKENS
         self.recent: RecentCache
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -161,7 +175,6 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Attention of the step's new tokens ``[N, heads, D]``, written to ``output``."""
-        spec = self.recent.spec
         if attn_metadata is None:
             self._rehearse(query, key, value, output)
             return output
@@ -174,8 +187,8 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
             key[:count],
             value[:count],
             kv_cache.flatten(2),
-            self.recent.kv_cache,
-            attn_metadata.rows(Ring(table, spec.blocks_per_request, spec.block_size)),
+            Ring(self.recent.kv_cache, table, self.recent.spec.blocks_per_request),
+            attn_metadata.groups,
             output[:count],
             layout=self.layout,
             most_pages=attn_metadata.most_pages,
@@ -185,33 +198,36 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         return output
 
     def _rehearse(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-        """A prompt as long as a step may be, in pools of its own: vLLM measures what that takes
-        before it gives the rest of the memory to the cache."""
-        spec, count = self.recent.spec, query.shape[0]
-        pages = 1 + -(-count // PAGE_TOKENS)
-        heads, device = self.num_kv_heads, query.device
-        shape = (1 + spec.blocks_per_request, heads, spec.block_size, 2 * self.head_size)
-        ring_table = torch.arange(1, shape[0], device=device)[None]
-        rows = [
-            locate(
-                group,
-                torch.tensor([0, count], device=device),
-                torch.tensor([count], device=device),
-                torch.arange(pages, dtype=torch.int32, device=device)[None],
-                Ring(ring_table, spec.blocks_per_request, spec.block_size),
-            )
-            for group in group_rows([count], device)
-        ]
-        attend_step(
-            query,
-            key,
-            value,
-            torch.zeros((pages, heads, self.layout.page_bytes), dtype=torch.uint8, device=device),
-            torch.zeros(shape, dtype=key.dtype, device=device),
-            rows,
-            output,
-            layout=self.layout,
-            most_pages=pages,
-            scaling=self.scale,
-            softcap=self.softcap,
+        """A prompt as long as a step may be, and as many requests as may decode at once, in pools
+        of their own: vLLM measures what these take before it gives the rest to the cache."""
+        spec, device, tokens = self.recent.spec, query.device, len(query)
+        heads, blocks = self.num_kv_heads, spec.blocks_per_request
+        pages = torch.arange(1 + tokens // PAGE_TOKENS, dtype=torch.int32, device=device)
+        pool = torch.zeros(
+            (len(pages), heads, self.layout.page_bytes), dtype=torch.uint8, device=device
         )
+        shape = (1 + blocks, heads, spec.block_size, 2 * self.head_size)
+        recent = torch.zeros(shape, dtype=key.dtype, device=device)
+        ring_blocks = torch.arange(1, 1 + blocks, dtype=torch.int32, device=device)
+        few = min(self.most_queries, tokens)
+        for requests, length in ((1, tokens), (min(tokens // few, self.most_requests), few)):
+            groups = group_rows([length] * requests, len(pages), device)
+            begins = length * torch.arange(requests + 1, dtype=torch.int32, device=device)
+            for rows in groups:
+                row_operations(self.layout, device).locate(
+                    rows, begins, begins.diff(), pages.expand(requests, -1)
+                )
+            count = requests * length
+            attend_step(
+                query[:count],
+                key[:count],
+                value[:count],
+                pool,
+                Ring(recent, ring_blocks.expand(requests, -1), blocks),
+                groups,
+                output[:count],
+                layout=self.layout,
+                most_pages=self.most_pages,
+                scaling=self.scale,
+                softcap=self.softcap,
+            )

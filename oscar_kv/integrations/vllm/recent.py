@@ -10,11 +10,16 @@ ours could get preemption, aborts or reordered batches wrong.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, MultipleOf
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    MultipleOf,
+)
 from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
     register_all_kvcache_specs,
@@ -77,7 +82,9 @@ class RecentMetadata:
 
 
 class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
-    """Hands out the block table."""
+    """Hands out the block table, which vLLM keeps in one place."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device

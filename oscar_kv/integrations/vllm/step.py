@@ -3,14 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from oscar_kv import kernels
-from oscar_kv.integrations.vllm.rows import Rows
+from oscar_kv.integrations.vllm import torch_rows
+from oscar_kv.integrations.vllm.rows import Ring, Rows
+from oscar_kv.kernels.dispatch import choose
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.paged import PagedSequences
+
+
+class RowOperations(Protocol):
+    """What is done to rows besides packing and attending; in Triton one launch each."""
+
+    def locate(
+        self, rows: Rows, query_begins: Tensor, lengths: Tensor, block_table: Tensor
+    ) -> None:
+        """Works out where ``rows`` lie, and writes it there. Once per step.
+
+        Args:
+            query_begins: int32 ``[requests + 1]``, each request's first new token in the batch.
+            lengths: int32 ``[requests]``, tokens of each request, the new ones included.
+            block_table: int32 ``[requests, width]``, pages of each request.
+        """
+        ...
+
+    def open_rows(
+        self, rows: Rows, query: Tensor, keys: Tensor, values: Tensor, ring: Ring
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores the new tokens in the ring, and collects what rows are attended with.
+
+        Args:
+            query: ``[N, Hq, D]`` of the batch's new tokens.
+            keys: ``[N, H, D]``.
+            values: ``[N, H, E]``.
+
+        Returns:
+            Queries ``[V, Hq, num_queries, D]``, and the exact keys ``[V, H, 128, D]`` and values
+            ``[V, H, 128, E]`` of each row's block.
+        """
+        ...
+
+    def close_rows(self, rows: Rows, result: Tensor, output: Tensor) -> None:
+        """Writes ``result [V, Hq, num_queries, E]`` of the new tokens to ``output [N, Hq, E]``."""
+        ...
+
+
+def has_kernels(layout: PageLayout, device: torch.device) -> bool:
+    """Whether a step on ``device`` needs nothing of the host."""
+    return choose(layout, device)[0].name != "reference"
+
+
+def row_operations(layout: PageLayout, device: torch.device) -> RowOperations:
+    """Those that suit the backend that packs and attends."""
+    if not has_kernels(layout, device):
+        return torch_rows
+    from oscar_kv.integrations.vllm import triton_rows
+
+    return triton_rows
 
 
 def attend_step(
@@ -18,8 +71,8 @@ def attend_step(
     keys: Tensor,
     values: Tensor,
     pages: Tensor,
-    ring: Tensor,
-    rows: Sequence[Rows],
+    ring: Ring,
+    groups: Sequence[Rows],
     output: Tensor,
     *,
     layout: PageLayout,
@@ -34,54 +87,33 @@ def attend_step(
         keys: ``[N, H, D]``.
         values: ``[N, H, E]``.
         pages: uint8 ``[capacity, H, page_bytes]``.
-        ring: ``[capacity, H, block_tokens, D + E]`` in the model's dtype: key and value.
-        rows: the step, see :func:`~oscar_kv.integrations.vllm.rows.locate`.
+        ring: exact tokens.
+        groups: the step, located.
         output: ``[N, Hq, E]``, written.
         layout: of the pages.
         most_pages: no request has more.
         scaling, softcap: as in :func:`oscar_kv.kernels.extend_attention`.
     """
-    states = [
-        tuple(
-            _own_blocks(new, old, part)
-            for new, old in zip((keys, values), ring.split((layout.head_dim, layout.value_dim), -1))
-        )
-        for part in rows
-    ]
+    operations = row_operations(layout, pages.device)
+    opened = [operations.open_rows(rows, query, keys, values, ring) for rows in groups]
     # All is written before anything is read: a request may share pages that another one completes.
-    for part, (tail_keys, tail_values) in zip(rows, states):
-        tokens = part.group.tokens
-        new = torch.cat([keys[tokens], values[tokens]], -1)
-        ring[part.store_blocks, :, part.store_offsets] = new
-        kernels.pack_into(pages, part.complete_pages, tail_keys, tail_values, layout)
-    for part, (tail_keys, tail_values) in zip(rows, states):
+    for rows, (_, tail_keys, tail_values) in zip(groups, opened):
+        kernels.pack_into(pages, rows.complete_pages, tail_keys, tail_values, layout)
+    for rows, (queries, tail_keys, tail_values) in zip(groups, opened):
         sequences = PagedSequences(
             layout,
             pages,
-            part.block_table,
-            part.page_counts,
+            rows.block_table,
+            rows.page_counts,
             tail_keys,
             tail_values,
-            part.tail_lengths,
+            rows.tail_lengths,
+            rows.sink_lengths,
             most_pages,
         )
+        direct = output[: len(queries)].unsqueeze(2) if rows.in_order else None
         result = kernels.attend_paged(
-            query[part.query_tokens].transpose(1, 2),
-            sequences,
-            scaling=scaling,
-            softcap=softcap,
+            queries, sequences, scaling=scaling, softcap=softcap, out=direct
         )
-        output[part.group.tokens] = result[part.result_rows, :, part.result_queries]
-
-
-def _own_blocks(new: Tensor, ring: Tensor, rows: Rows) -> Tensor:
-    """The exact states of every row's block, ``[V, H, 128, channels]``; unused slots repeat one.
-
-    Args:
-        new: ``[N, H, channels]``.
-        ring: ``[capacity, H, block_tokens, channels]``.
-    """
-    heads = torch.arange(ring.shape[1], device=ring.device)[:, None]
-    old = ring[rows.ring_blocks[:, None], heads].flatten(2, 3)
-    fresh = new[rows.slot_tokens].transpose(1, 2)
-    return torch.where(rows.slot_is_old[:, None, :, None], old, fresh)
+        if not rows.in_order:
+            operations.close_rows(rows, result, output)

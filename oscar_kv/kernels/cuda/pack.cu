@@ -53,6 +53,13 @@ __device__ inline Place place_of(const Arguments& a, int n) {
   return {n < a.count, sequence, n % HEADS, number - sequence * a.pages};
 }
 
+// The first page and head from n on, among those of a block, that is not left out. What is left out
+// is not even read: while requests decode, that is nearly everything.
+__device__ inline int first_filled(const Arguments& a, int n) {
+  while (n < a.count && a.page_ids[n / HEADS] < 0) n += a.blocks;
+  return n;
+}
+
 // Begins to copy the lane's part of the states there.
 template <int kChannels>
 __device__ inline void fetch(u8* rows, const u16* states, const i64 (&strides)[3], Place at,
@@ -168,22 +175,18 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, BLOCKS_PER_SM)
   wait_for_previous_grid();
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int warp = thread() / 32, lane = thread() % 32;
-  Place next = place_of(a, block());
+  int n = first_filled(a, block());
+  if (n >= a.count) return;
+  Place next = place_of(a, n);
   fetch<VALUE_DIM>(shared.values, a.values, a.value_strides, next, warp, lane);
   fetch<HEAD_DIM>(shared.keys, a.keys, a.key_strides, next, warp, lane);
   for (int i = thread(); i < PAGE_BYTES / 16; i += 32 * kWarps)  // also what no field covers
     reinterpret_cast<Words<4>*>(shared.page)[i] = {};
 
-  for (int n = block(); n < a.count; n += a.blocks) {
+  for (int following; n < a.count; n = following) {
     const int page_id = a.page_ids[n / HEADS];
-    next = place_of(a, n + a.blocks);
-    if (page_id < 0) {
-      wait_for_copies<0>();
-      sync_warp();
-      fetch<VALUE_DIM>(shared.values, a.values, a.value_strides, next, warp, lane);
-      fetch<HEAD_DIM>(shared.keys, a.keys, a.key_strides, next, warp, lane);
-      continue;
-    }
+    following = first_filled(a, n + a.blocks);
+    next = place_of(a, following);
     PackedValues values[kMine];
     float keys[kMine][kKeyBlocks][2][4];
     wait_for_copies<1>();
