@@ -1,4 +1,4 @@
-"""``oscar-kv demo | generate | chat | info | diagnose | eval | report | bench``.
+"""``oscar-kv demo | generate | chat | info | diagnose | eval | report | lm-eval | bench``.
 
 Whatever a user can get wrong ends in one line on stderr and exit code 2. PyTorch and Transformers
 are imported by the commands that need them, so that ``--help`` does not wait for them.
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from oscar_kv import cli_diagnose, cli_eval
+from oscar_kv import cli_diagnose, cli_eval, cli_harness
 from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
 from oscar_kv.progress import progress_display as _progress
 
@@ -293,6 +293,7 @@ def bench(
 app.command("diagnose")(cli_diagnose.diagnose)
 app.command("eval")(cli_eval.evaluate)
 app.command("report")(cli_eval.report)
+app.command("lm-eval", context_settings=cli_harness.PASSED_ON)(cli_harness.lm_eval)
 
 
 def _load(model: str, preset: str, dtype: str, device: str) -> Any:

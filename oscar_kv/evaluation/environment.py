@@ -17,12 +17,15 @@ import torch
 @functools.cache
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit of this run."""
-    packages = ("torch", "transformers", "triton", "optimum-quanto", "hqq", "flash-attn", "vllm")
+    packages = ("transformers", "triton", "optimum-quanto", "hqq", "flash-attn", "vllm")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {
+            "torch": str(torch.__version__),  # with its build, which the metadata may not have
+            **{name: _version(name) for name in packages},
+        },
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
