@@ -10,6 +10,9 @@ READY := $(VENV)/.ready
 # everything as soon as two processes share the cores; sleeping at once slows short operations.
 export GOMP_SPINCOUNT ?= 3000
 
+# Without what it lists as requirements: torchvision, for one, that fits a CPU build of PyTorch.
+LMMS_EVAL := lmms-eval==0.7.3 decord loguru tenacity
+
 # The oldest Transformers that pyproject.toml accepts.
 OLDEST_TRANSFORMERS := 5.17.0
 
@@ -27,6 +30,7 @@ VLLM_CUDA_DIR := .vllm-cuda
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH) -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(LMMS_EVAL)
 	touch $@
 
 demo: $(READY)

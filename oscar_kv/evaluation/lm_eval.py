@@ -27,13 +27,14 @@ SCORED_STEP = 32
 """Tokens of a continuation that are fed at once. They see each other exactly; with one at a time
 the same would hold of the 128 newest tokens of most presets."""
 
+HarnessModel: Any = HFLM  # its decorator says it is any model of the harness
 Request = tuple[Any, list[int], list[int]]
 """What the result is filed under, a context and a continuation."""
 Answer = tuple[float, bool]
 """Log-likelihood of a continuation, and whether greedy decoding would produce it."""
 
 
-class OscarLM(HFLM):
+class OscarLM(HarnessModel):
     """``hf`` with keys and values in the cache that is asked for, in every task.
 
     Generation goes the harness's way, with that cache for every batch. A log-likelihood is that of

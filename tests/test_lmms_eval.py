@@ -1,0 +1,156 @@
+"""Caches in lmms-eval: the real harness reads pictures drawn here with a LLaVA of random eyes in
+front of the bundled language model."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import omni
+import pytest
+import torch
+from support import tiny_model
+
+from oscar_kv import OscarCache, OscarConfig
+from oscar_kv.demo import MODEL
+from oscar_kv.generation import quiet
+from tools.train_demo_vlm import build
+
+pytest.importorskip("lmms_eval")
+
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.models import MODEL_REGISTRY_V2
+from lmms_eval.tasks import TaskManager
+
+from oscar_kv.evaluation.lmms_eval import OverCache
+
+TASK = """
+task: demo_ocr
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}, cache_dir: {folder}/cache}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function pictures.visual
+doc_to_text: !function pictures.question
+doc_to_target: answer
+process_results: !function pictures.results
+generation_kwargs: {{max_new_tokens: 32}}
+metric_list: [{{metric: read, aggregation: mean, higher_is_better: true}}]
+metadata: [{{version: 0.0}}]
+"""
+PICTURES = """
+from PIL import Image, ImageDraw
+
+def visual(document):
+    picture = Image.new("RGB", (80, 60), "white")
+    ImageDraw.Draw(picture).text((20, 20), document["answer"], "black")
+    return [picture]
+
+def question(document, kwargs=None):
+    return document["question"]
+
+def results(document, answers):
+    return {"read": float(document["answer"] in answers[0])}
+"""
+TEMPLATE = (
+    "{% for m in messages %}{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    prompt = (MODEL / "prompt.txt").read_text()
+    questions = [{"question": prompt[: 2000 + 400 * n], "answer": str(1234 + n)} for n in range(2)]
+    lines = "".join(json.dumps(question) + "\n" for question in questions)
+    (folder / "questions.jsonl").write_text(lines)
+    (folder / "ocr.yaml").write_text(TASK.format(folder=folder))
+    (folder / "pictures.py").write_text(PICTURES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Model, processor, and the folder that they are in."""
+    quiet()
+    model, processor = build(seed=0)
+    processor.chat_template = TEMPLATE
+    folder = tmp_path_factory.mktemp("llava")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model.eval(), processor, folder
+
+
+def answers(tasks: Path, folder: Path, model: str, *arguments: str) -> list[str]:
+    found = simple_evaluate(
+        model=model,
+        model_args=",".join([f"pretrained={folder},device_map=cpu,dtype=float32", *arguments]),
+        tasks=["demo_ocr"],
+        task_manager=TaskManager("ERROR", include_path=str(tasks), include_defaults=False),
+        device="cpu",
+        batch_size=1,
+        bootstrap_iters=0,
+    )
+    assert found["results"]["demo_ocr"]["read,none"] == 0
+    return [sample["resps"][0][0] for sample in found["samples"]["demo_ocr"]]
+
+
+def test_answers_are_those_over_the_cache(tasks: Path, llava: Any) -> None:
+    model, processor, folder = llava
+    theirs = answers(tasks, folder, "llava_hf")
+    assert answers(tasks, folder, "oscar-llava-hf", "preset=full") == theirs
+    found = answers(tasks, folder, "oscar-llava-hf", "preset=paper", "sink_tokens=2")
+    assert found != theirs
+    config = OscarConfig.from_dict({**OscarConfig.paper().to_dict(), "sink_tokens": 2})
+    environment: dict[str, Any] = {}
+    exec(PICTURES, environment)
+    for line, answer in zip((tasks / "questions.jsonl").read_text().splitlines(), found):
+        document = json.loads(line)
+        text = "<image>" + document["question"]
+        inputs = processor(text=text, images=environment["visual"](document), return_tensors="pt")
+        cache = OscarCache(model.config, config)
+        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=32, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(new, skip_special_tokens=True) == answer
+
+
+def test_the_harness_finds_all_models() -> None:
+    (point,) = (p for p in entry_points(group="lmms_eval.models") if p.name == "oscar_kv")
+    names = [manifest.model_id for manifest in point.load()()]
+    assert names == ["oscar-llava-hf", "oscar-qwen3-vl", "oscar-qwen3-omni"]
+    assert set(names) <= set(MODEL_REGISTRY_V2.list_canonical_model_ids())
+
+
+class _Harness:
+    """What classes of lmms-eval have in common: a model that they generate with."""
+
+    def __init__(self, pretrained: Any) -> None:
+        self.model = pretrained
+
+
+class _OverCache(OverCache, _Harness):
+    pass
+
+
+@torch.no_grad()
+def test_a_model_that_speaks_writes_over_the_cache() -> None:
+    speaking = tiny_model("Qwen3OmniMoeForConditionalGeneration")
+    prompt = omni.prompt(speaking)
+    with mock.patch.object(speaking, "generate", wraps=speaking.generate) as generate:
+        _OverCache(speaking, preset="paper").model.generate(**prompt, return_audio=False)
+    cache = generate.call_args.kwargs["thinker_past_key_values"]
+    assert isinstance(cache, OscarCache)
+    assert cache.config == OscarConfig.paper()
+    assert cache.get_seq_length() >= prompt["input_ids"].shape[1]
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="preset='compct'"):
+        _OverCache(None, preset="compct")
+    with pytest.raises(ValueError, match="has an encoder"):
+        _OverCache(tiny_model("T5ForConditionalGeneration"))
