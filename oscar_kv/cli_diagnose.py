@@ -14,7 +14,8 @@ from rich.table import Table
 from oscar_kv.progress import progress_display
 
 CONTINUED = 128
-"""The last tokens of the text: not part of the prompt, but what presets have to predict."""
+"""The last tokens of a text without pictures: not part of the prompt, but what presets have to
+predict. Behind pictures they predict what the model says."""
 
 
 def diagnose(
@@ -25,6 +26,10 @@ def diagnose(
         Path | None, typer.Option(help="UTF-8 file to measure on. Python code if omitted.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How much of it to read at most.")] = 2048,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture to put before the text; repeatable. For models that see."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report, its pictures and JSON.")] = Path(
         "diagnosis"
     ),
@@ -47,23 +52,22 @@ def diagnose(
     quiet()
     with progress_display() as progress:
         progress.add_task(f"loading {model or MODEL}", total=None)
-        loaded = load(model or MODEL, dtype, device)
+        loaded = load(model or MODEL, dtype, device, images=bool(image))
     config = loaded.model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or tokens
     ids = loaded.encode(content)[:, : min(tokens, limit)]
-    if ids.shape[1] < SMALLEST + CONTINUED:
-        raise ValueError(
-            f"{ids.shape[1]} tokens of text: expected at least {SMALLEST + CONTINUED}, of which "
-            f"the last {CONTINUED} are predicted"
-        )
+    if image:
+        inputs, continuation = _with_pictures(loaded, ids, image), None
+    else:
+        inputs, continuation = {"input_ids": ids[:, :-CONTINUED]}, ids[:, -CONTINUED:]
+        if ids.shape[1] < SMALLEST + CONTINUED:
+            raise ValueError(
+                f"{ids.shape[1]} tokens of text: expected at least {SMALLEST + CONTINUED}, of "
+                f"which the last {CONTINUED} are predicted"
+            )
     with progress_display() as progress:
-        progress.add_task(f"measuring on {ids.shape[1]:,} tokens", total=None)
-        found = run(
-            loaded.model,
-            {"input_ids": ids[:, :-CONTINUED]},
-            ids[:, -CONTINUED:],
-            name=Path(model or MODEL).name,
-        )
+        progress.add_task(f"measuring on {inputs['input_ids'].shape[1]:,} tokens", total=None)
+        found = run(loaded.model, inputs, continuation, name=Path(model or MODEL).name)
         files = reporting.write(found, out)
     if as_json:
         return print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
@@ -75,6 +79,24 @@ def diagnose(
     chosen = found.recommendation
     console.print(f"Recommended: {chosen.preset or 'no preset'}. {chosen.reason}", markup=False)
     console.print(f"{files[-1]}", markup=False, soft_wrap=True)
+
+
+def _with_pictures(loaded: Any, ids: Any, paths: list[Path]) -> Any:
+    """What the processor makes of pictures and the text ``ids`` ``[1, T]`` behind them."""
+    from PIL import Image
+
+    text = loaded.tokenizer.decode(ids[0], skip_special_tokens=True)
+    processor = loaded.processor
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": "image"} for _ in paths), {"type": "text", "text": text}]
+        message = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(message, add_generation_prompt=True)
+    elif hasattr(processor, "image_token"):
+        text = processor.image_token * len(paths) + text
+    else:
+        raise ValueError("this processor does not say where pictures go: use Python's diagnose")
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    return processor(text=[text], images=[pictures], return_tensors="pt").to(loaded.model.device)
 
 
 def _drawn(table: Any) -> Table:

@@ -12,7 +12,13 @@ import torch
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
@@ -26,10 +32,15 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode and its tokenizer."""
+    """A model in evaluation mode and its tokenizer.
+
+    Attributes:
+        processor: of a model that was loaded to see images.
+    """
 
     model: Any
     tokenizer: Any
+    processor: Any = None
 
     @property
     def attends_packed(self) -> bool:
@@ -53,10 +64,15 @@ class Loaded:
         return ids.to(device=self.model.device, dtype=torch.long)
 
 
-def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Loaded:
+def load(
+    path: str | Path, dtype: str = "auto", device: str = "auto", *, images: bool = False
+) -> Loaded:
     """Loads a local folder or a Hugging Face model id.
 
     Attention is ``"oscar"`` where the model takes attention functions, else the model's own.
+
+    Args:
+        images: load a model that sees images, and its processor.
 
     Raises:
         ValueError: for an unknown dtype or device, or a model that cannot be loaded.
@@ -66,15 +82,16 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Loaded:
     target = _device(device)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, trust_remote_code=False
+        reader: Any = (AutoProcessor if images else AutoTokenizer).from_pretrained(
+            path, trust_remote_code=False
         )
+        kind: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
+        model = kind.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
         model.to(target).eval()
     except Exception as error:  # Transformers and its backends raise almost anything here
         raise ValueError(f"cannot load {str(path)!r}: {error or type(error).__name__}") from error
     model.set_attn_implementation("oscar")  # no effect where the model has attention of its own
-    return Loaded(model, tokenizer)
+    return Loaded(model, reader.tokenizer, reader) if images else Loaded(model, reader)
 
 
 def quiet() -> None:

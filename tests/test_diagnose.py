@@ -364,3 +364,30 @@ def test_command_with_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     errors = capsys.readouterr().err.splitlines()
     assert ["cannot read" in line for line in errors] == [True, True, False]
     assert "cannot load" in errors[-1]
+
+
+def test_command_with_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = checkpoints.llava()
+    checkpoint.model.save_pretrained(tmp_path / "llava")
+    checkpoint.processor.save_pretrained(tmp_path / "llava")
+    text, picture = tmp_path / "text.txt", tmp_path / "picture.png"
+    text.write_text("what do you see? " * 60)
+    checkpoints.image("red").save(picture)
+    args = ("diagnose", "--model", tmp_path / "llava", "--out", tmp_path / "out", "--text", text)
+    pictures = ("--image", picture, "--image", picture)
+    assert run(*args, *pictures, "--tokens", 290, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["tokens_by_kind"]["image"] == 2 * 16
+    assert printed["tokens_by_kind"]["text"] in (289, 290, 291)  # decoded and read again
+    # the same through a chat template
+    checkpoint.processor.chat_template = (
+        "{% for part in messages[0]['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    )
+    checkpoint.processor.save_pretrained(tmp_path / "llava")
+    assert run(*args, *pictures, "--tokens", 290, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == printed["layers"]
+    assert run(*args, "--image", text) == 2
+    assert "cannot identify" in capsys.readouterr().err
+    assert run("diagnose", "--model", MODEL, "--image", picture) == 2
+    assert "cannot load" in capsys.readouterr().err

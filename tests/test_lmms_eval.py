@@ -12,12 +12,11 @@ from unittest import mock
 import omni
 import pytest
 import torch
+from picture_tasks import PICTURES, write_llava, write_picture_tasks
+from PIL import Image
 from support import tiny_model
 
 from oscar_kv import OscarCache, OscarConfig
-from oscar_kv.demo import MODEL
-from oscar_kv.generation import quiet
-from tools.train_demo_vlm import build
 
 pytest.importorskip("lmms_eval")
 
@@ -27,77 +26,33 @@ from lmms_eval.tasks import TaskManager
 
 from oscar_kv.evaluation.lmms_eval import OverCache
 
-TASK = """
-task: demo_ocr
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}, cache_dir: {folder}/cache}}
-test_split: test
-output_type: generate_until
-doc_to_visual: !function pictures.visual
-doc_to_text: !function pictures.question
-doc_to_target: answer
-process_results: !function pictures.results
-generation_kwargs: {{max_new_tokens: 32}}
-metric_list: [{{metric: read, aggregation: mean, higher_is_better: true}}]
-metadata: [{{version: 0.0}}]
-"""
-PICTURES = """
-from PIL import Image, ImageDraw
-
-def visual(document):
-    picture = Image.new("RGB", (80, 60), "white")
-    ImageDraw.Draw(picture).text((20, 20), document["answer"], "black")
-    return [picture]
-
-def question(document, kwargs=None):
-    return document["question"]
-
-def results(document, answers):
-    return {"read": float(document["answer"] in answers[0])}
-"""
-TEMPLATE = (
-    "{% for m in messages %}{% for p in m['content'] %}"
-    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}"
-    "{% endfor %}{% endfor %}"
-)
+NEW_TOKENS = 32
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    prompt = (MODEL / "prompt.txt").read_text()
-    questions = [{"question": prompt[: 2000 + 400 * n], "answer": str(1234 + n)} for n in range(2)]
-    lines = "".join(json.dumps(question) + "\n" for question in questions)
-    (folder / "questions.jsonl").write_text(lines)
-    (folder / "ocr.yaml").write_text(TASK.format(folder=folder))
-    (folder / "pictures.py").write_text(PICTURES)
-    return folder
+    return write_picture_tasks(tmp_path_factory.mktemp("some") / "tasks", NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Model, processor, and the folder that they are in."""
-    quiet()
-    model, processor = build(seed=0)
-    processor.chat_template = TEMPLATE
-    folder = tmp_path_factory.mktemp("llava")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model.eval(), processor, folder
+    return write_llava(tmp_path_factory.mktemp("llava"))
 
 
 def answers(tasks: Path, folder: Path, model: str, *arguments: str) -> list[str]:
     found = simple_evaluate(
         model=model,
         model_args=",".join([f"pretrained={folder},device_map=cpu,dtype=float32", *arguments]),
-        tasks=["demo_ocr"],
+        tasks=[PICTURES],
         task_manager=TaskManager("ERROR", include_path=str(tasks), include_defaults=False),
         device="cpu",
         batch_size=1,
         bootstrap_iters=0,
     )
-    assert found["results"]["demo_ocr"]["read,none"] == 0
-    return [sample["resps"][0][0] for sample in found["samples"]["demo_ocr"]]
+    assert found["results"][PICTURES]["read,none"] == 0
+    return [sample["resps"][0][0] for sample in found["samples"][PICTURES]]
 
 
 def test_answers_are_those_over_the_cache(tasks: Path, llava: Any) -> None:
@@ -107,14 +62,13 @@ def test_answers_are_those_over_the_cache(tasks: Path, llava: Any) -> None:
     found = answers(tasks, folder, "oscar-llava-hf", "preset=paper", "sink_tokens=2")
     assert found != theirs
     config = OscarConfig.from_dict({**OscarConfig.paper().to_dict(), "sink_tokens": 2})
-    environment: dict[str, Any] = {}
-    exec(PICTURES, environment)
     for line, answer in zip((tasks / "questions.jsonl").read_text().splitlines(), found):
         document = json.loads(line)
         text = "<image>" + document["question"]
-        inputs = processor(text=text, images=environment["visual"](document), return_tensors="pt")
+        picture = Image.open(document["picture"])
+        inputs = processor(text=text, images=picture, return_tensors="pt")
         cache = OscarCache(model.config, config)
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=32, do_sample=False)
+        output = model.generate(**inputs, past_key_values=cache, **GREEDY)
         new = output[0, inputs["input_ids"].shape[1] :]
         assert processor.decode(new, skip_special_tokens=True) == answer
 
