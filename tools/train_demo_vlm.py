@@ -162,7 +162,7 @@ def accuracy(model: Any, processor: Any, pairs: list[Example]) -> dict[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -173,7 +173,9 @@ def main() -> None:
     known = {id(parameter) for parameter in spoken}
     new = [parameter for parameter in model.parameters() if id(parameter) not in known]
     optimizer = torch.optim.AdamW([{"params": spoken}, {"params": new}])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [5e-4, 2e-3], arguments.steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [2e-4, 1e-3], arguments.steps, pct_start=0.1
+    )
     held_out = examples(64, torch.Generator().manual_seed(arguments.seed + 1))
     begin, curve = time.perf_counter(), []
     model.train()
