@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import pytest
 import torch
 from harness_tasks import CHOICE, NEW_TOKENS, RECALL, write_tasks
-from lm_eval.tasks import TaskManager
 from support import tiny_model
 
 from oscar_kv import OscarCache, OscarConfig
+from oscar_kv.cli import main
 from oscar_kv.demo import MODEL
 from oscar_kv.evaluation.cache import MethodCache
-from oscar_kv.evaluation.lm_eval import OscarLM
 from oscar_kv.evaluation.methods import method
 from oscar_kv.generation import load
+
+pytest.importorskip("lm_eval")
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from oscar_kv.evaluation.lm_eval import OscarLM
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +226,13 @@ def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> N
 def test_models_without_such_a_cache_are_refused(plain: Any) -> None:
     with pytest.raises(ValueError, match="has an encoder"):
         OscarLM(tiny_model("T5ForConditionalGeneration"), tokenizer=plain.tokenizer)
+
+
+def test_the_command_without_the_harness(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["lm-eval", "--tasks", "gsm8k"])
+    assert stop.value.code == 2
+    assert 'pip install "oscar-kv[lm-eval]"' in capsys.readouterr().err

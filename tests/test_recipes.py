@@ -46,6 +46,7 @@ def run(words: list[str], folder: Path, cache: str) -> Path:
 
 
 def test_text(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
     script, _, _, *rest = command("lm_eval.sh")
     tasks = ["--include_path", str(write_tasks(tmp_path / "tasks", questions=1))]
     words = [script, str(MODEL), RECALL, *rest, *tasks, "--device", "cpu"]
