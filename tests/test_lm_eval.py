@@ -21,7 +21,7 @@ from oscar_kv.generation import load
 
 pytest.importorskip("lm_eval")
 
-import lm_eval
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from oscar_kv.evaluation.lm_eval import OscarLM
@@ -41,7 +41,7 @@ def plain() -> Any:
 
 
 def evaluate(tasks: Path, model: str = "oscar-hf", batch_size: int = 1, **arguments: Any) -> Any:
-    return lm_eval.simple_evaluate(
+    return simple_evaluate(
         model=model,
         model_args={"pretrained": str(MODEL), "dtype": "float32", **arguments},
         tasks=[RECALL, CHOICE],

@@ -42,7 +42,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def answers(tasks: Path, folder: Path, model: str, *arguments: str) -> list[str]:
-    found = simple_evaluate(
+    found: Any = simple_evaluate(
         model=model,
         model_args=",".join([f"pretrained={folder},device_map=cpu,dtype=float32", *arguments]),
         tasks=[PICTURES],

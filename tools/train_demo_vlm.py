@@ -19,9 +19,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import transformers
-from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -192,9 +192,9 @@ def main() -> None:
     model.eval()
     model.save_pretrained(arguments.out)
     processor.save_pretrained(arguments.out)
-    with get_sample_data("grace_hopper.jpg") as file:
-        for number, tile in enumerate(tiles(Image.open(file))):
-            tile.save(arguments.out / f"tile_{number}.png")
+    photograph = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    for number, tile in enumerate(tiles(Image.open(photograph))):
+        tile.save(arguments.out / f"tile_{number}.png")
     weights = (arguments.out / "model.safetensors").read_bytes()
     record = {
         "environment": environment(),
