@@ -223,9 +223,11 @@ def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> N
         OscarLM(str(MODEL), device="cpu", **arguments)
 
 
-def test_models_without_such_a_cache_are_refused(plain: Any) -> None:
+@pytest.mark.parametrize("preset", ["full", "compact"])
+def test_models_without_such_a_cache_are_refused(plain: Any, preset: str) -> None:
+    model = tiny_model("T5ForConditionalGeneration")
     with pytest.raises(ValueError, match="has an encoder"):
-        OscarLM(tiny_model("T5ForConditionalGeneration"), tokenizer=plain.tokenizer)
+        OscarLM(model, tokenizer=plain.tokenizer, preset=preset)
 
 
 def test_the_command_without_the_harness(

@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
 from oscar_kv.evaluation.cache import Bits, bits_of, contender, describe
 from oscar_kv.evaluation.methods import method as method_called
+from oscar_kv.integrations.models import require_usable_cache
 from oscar_kv.integrations.transformers import OscarCache
 
 
@@ -69,6 +70,7 @@ class CacheChoice:
         Raises:
             ValueError: if that model cannot have this cache.
         """
+        require_usable_cache(model_config)
         if self.config is None:
             return contender(self.name, model_config, lambda: ()).make_cache
 

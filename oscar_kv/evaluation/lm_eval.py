@@ -37,9 +37,9 @@ Answer = tuple[float, bool]
 class OscarLM(HarnessModel):
     """``hf`` with keys and values in the cache that is asked for, in every task.
 
-    Generation goes the harness's way, with that cache for every batch. A log-likelihood is that of
-    a continuation read token by token after its context: the context up to its last token is a
-    prompt, that token and the continuation are fed over what the cache has stored of it.
+    Generation goes the harness's way, with that cache for every batch. For a log-likelihood the
+    context up to its last token is a prompt; that token and the continuation are fed over what the
+    cache has stored of it, :data:`SCORED_STEP` at a time.
 
     Args:
         pretrained: as in ``hf``; attention is ``"oscar"`` unless ``attn_implementation`` says
@@ -97,10 +97,11 @@ class OscarLM(HarnessModel):
         for context in sorted(by_context, key=len, reverse=True):
             cache = self._read(context[:-1])
             self.cache_choice.count(cache)
-            for numbers in _batches(requests, by_context[context], int(limit)):
+            batches = _batches(requests, by_context[context], int(limit))
+            for left, numbers in zip(reversed(range(len(batches))), batches):
                 continuations = [requests[number][2] for number in numbers]
-                found = self._score(context, continuations, copy.deepcopy(cache))
-                answers.update(zip(numbers, found))
+                mine = copy.deepcopy(cache) if left else cache
+                answers.update(zip(numbers, self._score(context, continuations, mine)))
                 progress.update(len(numbers))
         progress.close()
         for number, answer in answers.items():
@@ -111,11 +112,12 @@ class OscarLM(HarnessModel):
     def _read(self, prompt: Sequence[int]) -> Cache:
         """A cache that holds ``prompt``."""
         cache = self.make_cache()
+        last_only = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         if prompt:
             ids = torch.tensor([prompt], device=self.device)
             with self._autocast():
                 for part in ids.split(self.prefill_chunk_size or len(prompt), dim=1):
-                    self.model(part, past_key_values=cache, use_cache=True)
+                    self.model(part, past_key_values=cache, use_cache=True, **last_only)
         return cache
 
     def _score(
