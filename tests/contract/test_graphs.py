@@ -41,7 +41,7 @@ def _plugins() -> None:
     load_general_plugins()
 
 
-def configuration(drafts: int, **options: Any) -> VllmConfig:
+def configuration(drafts: int) -> VllmConfig:
     speculation = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2}
     return EngineArgs(
         str(MODEL),
@@ -51,7 +51,6 @@ def configuration(drafts: int, **options: Any) -> VllmConfig:
         max_model_len=LONGEST,
         max_num_seqs=REQUESTS,
         speculative_config=speculation if drafts else None,
-        **options,
     ).create_engine_config()
 
 
@@ -85,12 +84,9 @@ class Runner:
         self.lengths = numbers(REQUESTS)
         ring_blocks = recent.spec.blocks_per_request
         self.tables = [numbers(REQUESTS, LONGEST // 128), numbers(REQUESTS, ring_blocks)]
+        torch.manual_seed(0)
         self.owned = [
-            1
-            + torch.randperm(table.numel(), generator=torch.Generator().manual_seed(2))
-            .int()
-            .view_as(table)
-            for table in self.tables
+            (1 + torch.randperm(table.numel())).int().view_as(table) for table in self.tables
         ]
         self.computed = [0] * REQUESTS
         spec = recent.spec
