@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -30,11 +31,19 @@ from oscar_kv.kernels.cuda_decode import Plan
 from oscar_kv.kernels.cuda_driver import Program
 from oscar_kv.storage.paged import PagedSequences
 
-DEVICE = "cuda" if GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 needs_compiler = pytest.mark.skipif(
     emulated.COMPILER is None, reason="the emulator of a GPU is compiled by g++"
 )
+
+
+@pytest.fixture
+def empty_is_nan() -> Iterator[None]:
+    """Memory that kernels are to fill is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def use_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,13 +104,15 @@ def test_steps_after_the_first(tokens: int) -> None:
 
 
 @pytest.mark.skipif(GPU, reason="in Triton's interpreter")
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.usefixtures("empty_is_nan")
+@pytest.mark.parametrize("tokens", [1, 3, 17])
 def test_triton_kernels(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = prefilled(tokens)
     monkeypatch.setenv("OSCAR_KV_BACKEND", "triton")
     check_steps(engine, DecodeStep(engine, 4, tokens), few_steps(tokens), 5e-3)
 
 
+@pytest.mark.skipif(GPU, reason="in the emulator, and in Triton's interpreter")
 @needs_compiler
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_cuda_kernels(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,17 +299,9 @@ def test_rows_stay_where_they_are() -> None:
 @pytest.mark.parametrize(
     "lengths", [[1, 1, 1], [4, 4, 4], [0, 7, 300], [1, 130, 0]], ids=lambda x: "-".join(map(str, x))
 )
+@pytest.mark.usefixtures("empty_is_nan")
 def test_row_kernels_equal_torch(lengths: list[int]) -> None:
     """What is not in use may differ: kernels do not touch it."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # empty tensors, for kernels to fill, are full of NaN
-    try:
-        compare_row_operations(lengths)
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def compare_row_operations(lengths: list[int]) -> None:
     engine = Engine(3, 900, drafts=3)
     engine.ring.data.normal_()
     engine.computed = [127, 254, 500]

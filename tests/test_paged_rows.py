@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from kernel_checks import DEVICE
 from paged_engine import Engine
 
 from oscar_kv.config import PAGE_TOKENS
@@ -20,7 +21,7 @@ def check(engine: Engine, answers: dict[int, list[torch.Tensor]], tolerance: flo
 def test_triton_kernels_take_the_same_view(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of some blocks, single tokens across the end of one, and a few tokens at once."""
     monkeypatch.setenv("OSCAR_KV_BACKEND", "triton")
-    engine = Engine(2, 270, drafts=8)
+    engine = Engine(2, 270, drafts=8, device=DEVICE)
     answers: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     for chunks in ({0: 255, 1: 20}, {1: 1, 0: 1}, {0: 1, 1: 104}, {1: 5, 0: 2}):
         for request, answer in engine.step(chunks).items():
