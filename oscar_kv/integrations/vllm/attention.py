@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
 from oscar_kv.config import PAGE_TOKENS, OscarConfig
 from oscar_kv.integrations.vllm.plugin import KV_CACHE_DTYPE
 from oscar_kv.integrations.vllm.recent import RecentCache
-from oscar_kv.integrations.vllm.rows import DecodeRows, Ring, Rows, group_rows
+from oscar_kv.integrations.vllm.rows import QUERY_SLOTS, DecodeRows, Ring, Rows, group_rows
 from oscar_kv.integrations.vllm.step import attend_step, has_kernels, row_operations
 from oscar_kv.storage.layout import PageLayout
 
@@ -198,8 +198,9 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         return output
 
     def _rehearse(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-        """A prompt as long as a step may be, and as many requests as may decode at once, in pools
-        of their own: vLLM measures what these take before it gives the rest to the cache."""
+        """A prompt as long as a step may be, as many requests as may decode at once, and one of
+        every other number of query slots, in pools of their own: vLLM measures what these take
+        before it gives the rest to the cache, and no kernel is compiled while requests wait."""
         spec, device, tokens = self.recent.spec, query.device, len(query)
         heads, blocks = self.num_kv_heads, spec.blocks_per_request
         pages = torch.arange(1 + tokens // PAGE_TOKENS, dtype=torch.int32, device=device)
@@ -210,7 +211,9 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         recent = torch.zeros(shape, dtype=key.dtype, device=device)
         ring_blocks = torch.arange(1, 1 + blocks, dtype=torch.int32, device=device)
         few = min(self.most_queries, tokens)
-        for requests, length in ((1, tokens), (min(tokens // few, self.most_requests), few)):
+        decoding = min(tokens // few, self.most_requests), few
+        others = ((1, min(slots, tokens)) for slots in QUERY_SLOTS)
+        for requests, length in ((1, tokens), decoding, *others):
             groups = group_rows([length] * requests, len(pages), device)
             begins = length * torch.arange(requests + 1, dtype=torch.int32, device=device)
             for rows in groups:

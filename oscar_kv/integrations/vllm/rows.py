@@ -21,6 +21,8 @@ from torch import Tensor
 from oscar_kv.config import PAGE_TOKENS
 from oscar_kv.kernels import DECODE_QUERIES
 
+QUERY_SLOTS = (1, 4, DECODE_QUERIES, PAGE_TOKENS)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -77,8 +79,13 @@ def most_blocks(new_tokens: int) -> int:
     return (new_tokens + PAGE_TOKENS - 2) // PAGE_TOKENS + 1
 
 
+def query_slots(new_tokens: int) -> int:
+    """Query slots of a request's rows. There are few numbers: kernels are compiled for each."""
+    return next((slots for slots in QUERY_SLOTS if slots >= new_tokens), PAGE_TOKENS)
+
+
 def group_rows(query_lengths: Sequence[int], width: int, device: torch.device) -> list[Rows]:
-    """The rows of a step: requests with few new tokens in one group, prompts in another.
+    """The rows of a step: requests with as many query slots together.
 
     A request has a row for each block that it might touch, which is one more than it does touch
     where the first is barely begun; that row stays empty.
@@ -88,16 +95,18 @@ def group_rows(query_lengths: Sequence[int], width: int, device: torch.device) -
         width: of the block table.
         device: where the step runs.
     """
-    few = [r for r, length in enumerate(query_lengths) if 0 < length <= DECODE_QUERIES]
-    many = [r for r, length in enumerate(query_lengths) if length > DECODE_QUERIES]
     groups = []
-    for members in (few, many):
-        if members:
-            widest = max(query_lengths[r] for r in members)
-            blocks = [(r, b) for r in members for b in range(most_blocks(query_lengths[r]))]
+    for slots in QUERY_SLOTS:
+        blocks = [
+            (request, block)
+            for request, length in enumerate(query_lengths)
+            if length and query_slots(length) == slots
+            for block in range(most_blocks(length))
+        ]
+        if blocks:
             placed = torch.tensor(blocks, dtype=torch.int32).T.contiguous()
             requests, offsets = placed.to(device, non_blocking=True)
-            groups.append(Rows.of(min(widest, PAGE_TOKENS), requests, offsets, width))
+            groups.append(Rows.of(slots, requests, offsets, width))
     return groups
 
 
