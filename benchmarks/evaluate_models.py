@@ -1,0 +1,110 @@
+"""Every suite of ``oscar-kv eval`` on trained models, many methods at a time, within given minutes.
+
+    python -m benchmarks.evaluate_models llama-39m qwen3-39m --minutes 8
+
+For machines with GPUs, which one process with its small steps does not keep busy. The models are
+folders that `tools/train_evaluation_model.py` has written. What is finished in time is in
+``benchmarks/results/evaluation/MODEL_SUITE.jsonl``; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.record import RESULTS
+from oscar_kv.evaluation import runner
+from oscar_kv.evaluation.suites import SUITES
+
+PERPLEXITY = "perplexity:windows=12,length=4096,prefix=2048"
+RECALL = "recall:lengths=[1024,2048,3584],trials=3"
+TASKS = {
+    "peers": (
+        PERPLEXITY,
+        RECALL,
+        "recall:lengths=[2048],values=2,trials=4",
+        "attention:windows=2,length=4096",
+        "drift:windows=2",
+    ),
+    "same-window": (PERPLEXITY, RECALL),
+    "ablation": (PERPLEXITY, RECALL),
+}
+
+
+def command(model: Path, method: str, tasks: tuple[str, ...], device: str, out: Path) -> list[str]:
+    """``oscar-kv eval`` of one method."""
+    asked = [option for task in tasks for option in ("--task", task)]
+    return [
+        *(sys.executable, "-m", "oscar_kv.cli", "eval", "--model", str(model)),
+        *("--tokens", f"{model / 'heldout.npz'}:text", "--dtype", "float32", "--device", device),
+        *("--method", method, "--out", str(out), *asked),
+    ]
+
+
+def collect(parts: list[Path], into: Path) -> int:
+    """Adds the rows of ``parts`` that ``into`` lacks, in that order; how many there were."""
+    known = {row["key"] for row in runner.read_rows(into)}
+    rows = {row["key"]: row for part in parts for row in runner.read_rows(part)}
+    new = [row for key, row in rows.items() if key not in known]
+    for row in new:
+        runner.append_row(into, row)
+    return len(new)
+
+
+def main(
+    models: Annotated[list[Path], typer.Argument(help="Folders with a model and heldout.npz.")],
+    minutes: Annotated[float, typer.Option(help="When to stop.")] = 30.0,
+    processes: Annotated[int, typer.Option(min=1, help="At a time, on each GPU.")] = 6,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS / "evaluation",
+) -> None:
+    """Measure, and say how much was."""
+    deadline = time.monotonic() + 60 * minutes
+    gpus = torch.cuda.device_count()
+    devices = [f"cuda:{number}" for number in range(gpus)] or ["cpu"]
+
+    def result(model: Path, suite: str) -> Path:
+        return out / f"{model.name}_{suite}.jsonl".replace("-", "_")
+
+    waiting: list[tuple[Path, str, str]] = [
+        (model, suite, method)
+        for suite, methods in SUITES.items()
+        for method, model in itertools.product(methods, models)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        parts: dict[Path, list[Path]] = {}
+        running: list[subprocess.Popen[bytes]] = []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if gpus else dict(os.environ)
+        for number, (model, suite, method) in enumerate(waiting):
+            while sum(p.poll() is None for p in running) >= processes * len(devices):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.2)
+            if time.monotonic() > deadline:
+                break
+            part, done = Path(folder) / f"{number}.jsonl", result(model, suite)
+            part.write_bytes(done.read_bytes() if done.exists() else b"")
+            parts.setdefault(done, []).append(part)
+            device = devices[number % len(devices)]
+            asked = command(model, method, TASKS[suite], device, part)
+            running.append(subprocess.Popen(asked, env=environment))
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for done, files in parts.items():
+            print(f"{done}: {collect(files, done)} new results")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,29 @@
+"""`benchmarks.evaluate_models`: many methods at a time, and going on where it stopped."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from oscar_kv.demo import MODEL
+from oscar_kv.evaluation import runner
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not part of the package
+from benchmarks import evaluate_models
+
+
+@pytest.mark.slow
+def test_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = {"peers": ("attention:windows=1,length=512",)}
+    monkeypatch.setattr(evaluate_models, "TASKS", tasks)
+    monkeypatch.setattr(evaluate_models, "SUITES", {"peers": ("full", "compact")})
+    evaluate_models.main([MODEL], minutes=5, processes=2, out=tmp_path)
+    monkeypatch.setattr(evaluate_models, "SUITES", {"peers": ("full", "compact", "int4")})
+    evaluate_models.main([MODEL], minutes=5, processes=2, out=tmp_path)
+    file = tmp_path / f"{MODEL.name}_peers.jsonl"
+    assert [row["method"]["name"] for row in runner.read_rows(file)] == ["full", "compact", "int4"]
+    assert capsys.readouterr().out == f"{file}: 2 new results\n{file}: 1 new results\n"
