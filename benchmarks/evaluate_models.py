@@ -96,14 +96,17 @@ def main(
             device = devices[number % len(devices)]
             asked = command(model, method, TASKS[suite], device, part)
             running.append(subprocess.Popen(asked, env=environment))
+        failed = 0
         for process in running:
             try:
-                process.wait(max(0.0, deadline - time.monotonic()))
+                failed += process.wait(max(0.0, deadline - time.monotonic())) != 0
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
         for done, files in parts.items():
             print(f"{done}: {collect(files, done)} new results")
+    if failed:
+        raise SystemExit(f"{failed} of {len(running)} runs failed: see above")
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def measure(
     name: str,
     shape: Path,
     options: list[str],
-    rates: list[str],
+    rates: list[float],
     count: int,
     prompt: int,
     answer: int,
@@ -284,15 +284,17 @@ def measure(
             row["start_seconds"] = seconds - (deadline - time.monotonic())
             cache = metrics(url)[1]
             fits = {"cache_tokens": "kv_cache_size_tokens", "fit": "kv_cache_max_concurrency"}
-            row |= {key: float(cache[label]) for key, label in fits.items()}
+            row |= {key: float(cache[label]) for key, label in fits.items() if label in cache}
             left = deadline - time.monotonic()
-            asyncio.run(load(url, float("inf"), WARM_UP, prompt, answer, left))
+            warm = asyncio.run(load(url, float("inf"), WARM_UP, prompt, answer, left))
+            if warm.errors:
+                raise RuntimeError(f"no answer to the first requests: {warm.errors[0]}")
             for tried, rate in enumerate(rates):
                 left = (deadline - time.monotonic()) / (len(rates) - tried)
                 if left <= 0:
                     raise RuntimeError(f"no time left after {seconds:.0f} s")
-                outcome = asyncio.run(load(url, float(rate), count, prompt, answer, left))
-                yield row | {"rate": rate, **summary(outcome, prompt)}
+                outcome = asyncio.run(load(url, rate, count, prompt, answer, left))
+                yield row | {"rate": str(rate), **summary(outcome, prompt)}
     except (RuntimeError, OSError, ValueError) as error:
         yield row | {"error": str(error)}
 
@@ -320,6 +322,10 @@ def main(
     names = caches.split(",")
     if unknown := sorted(set(names) - set(CACHES)):
         raise typer.BadParameter(f"{unknown}: expected some of {list(CACHES)}")
+    try:
+        speeds = [float(rate) for rate in rates.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--rates: {error}") from error
     shared = [
         *("--kv-cache-memory-bytes", str(int(memory * (1 << 30)))),
         *("--max-model-len", str(prompt + answer), "--max-num-seqs", str(max_num_seqs)),
@@ -340,9 +346,7 @@ def main(
     for name in names:
         chosen = ["--attention-backend", backend] if backend and name in PLAIN else []
         options = [*shared, *CACHES[name], *chosen]
-        for row in measure(
-            name, shape, options, rates.split(","), requests, prompt, answer, seconds
-        ):
+        for row in measure(name, shape, options, speeds, requests, prompt, answer, seconds):
             rows.append(row)
             print(json.dumps(row), flush=True)
             record.write("serving", settings, rows)

@@ -7,7 +7,7 @@
 ``llama`` has no QK-norm, ``qwen3`` has. Both see ``<bos>`` first in every window and nowhere else.
 In large models without QK-norm attention sinks into the first token, whose keys and values are
 small: the imbalance that token scaling is for. Within minutes sinks form, but not their small
-norms. So for ``llama`` a term of the loss asks for these, which ``--first-token 1e9`` leaves out;
+norms. So for ``llama`` a term of the loss asks for these, which ``--first-token 0`` leaves out;
 ``sinks`` in ``training.json`` says what came of it.
 
 They read the code and documentation that the Python installation holds. The folder gets the model,
@@ -146,7 +146,7 @@ def main(
         dropout=0.0,
         workers=workers,
         seed=seed,
-        first_token=first_token if kind is Kind.llama else None,
+        first_token=(first_token or None) if kind is Kind.llama else None,
     )
     roots = source or [Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib")]
     texts = read_installation(roots)

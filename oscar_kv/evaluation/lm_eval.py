@@ -85,6 +85,11 @@ class OscarLM(HarnessModel):
         nothing is padded and no result depends on the size of a batch."""
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"request {number}: a context of {len(context)} and a continuation of "
+                    f"{len(continuation)} tokens, expected 1 or more, and 1 to {self.max_length}"
+                )
             fed = (context + continuation)[-(self.max_length + 1) :]
             by_context[tuple(fed[: len(fed) - len(continuation)])].append(number)
         answers: dict[int, Answer] = {}
@@ -101,12 +106,12 @@ class OscarLM(HarnessModel):
             for left, numbers in zip(reversed(range(len(batches))), batches):
                 continuations = [requests[number][2] for number in numbers]
                 mine = copy.deepcopy(cache) if left else cache
-                answers.update(zip(numbers, self._score(context, continuations, mine)))
+                for number, answer in zip(numbers, self._score(context, continuations, mine)):
+                    answers[number] = answer
+                    if (name := requests[number][0]) is not None:
+                        self.cache_hook.add_partial("loglikelihood", name, answer)
                 progress.update(len(numbers))
         progress.close()
-        for number, answer in answers.items():
-            if (name := requests[number][0]) is not None:
-                self.cache_hook.add_partial("loglikelihood", name, answer)
         return [answers[number] for number in range(len(requests))]
 
     def _read(self, prompt: Sequence[int]) -> Cache:

@@ -142,7 +142,7 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         self.softcap = logits_soft_cap or None
         self.layout = PageLayout(self.config, head_size, self.num_kv_heads)
         self.most_requests = vllm_config.scheduler_config.max_num_seqs
-        self.most_queries = 1 + vllm_config.num_speculative_tokens
+        self.most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.most_pages = vllm_config.model_config.max_model_len // PAGE_TOKENS
         self.recent: RecentCache
 
@@ -176,6 +176,8 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
     ) -> Tensor:
         """Attention of the step's new tokens ``[N, heads, D]``, written to ``output``."""
         if attn_metadata is None:
+            if len(query) < self.most_tokens:
+                return output.zero_()
             self._rehearse(query, key, value, output)
             return output
         step = get_forward_context().attn_metadata
@@ -198,9 +200,11 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         return output
 
     def _rehearse(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-        """A prompt as long as a step may be, as many requests as may decode at once, and one of
-        every other number of query slots, in pools of their own: vLLM measures what these take
-        before it gives the rest to the cache, and no kernel is compiled while requests wait."""
+        """The largest steps there may be, in pools of their own: one prompt, and for every number
+        of query slots as many requests as there may be that need it. vLLM measures what these
+        take before it gives the rest to the cache, and kernels are compiled before they are
+        waited for.
+        """
         spec, device, tokens = self.recent.spec, query.device, len(query)
         heads, blocks = self.num_kv_heads, spec.blocks_per_request
         pages = torch.arange(1 + tokens // PAGE_TOKENS, dtype=torch.int32, device=device)
@@ -210,10 +214,9 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         shape = (1 + blocks, heads, spec.block_size, 2 * self.head_size)
         recent = torch.zeros(shape, dtype=key.dtype, device=device)
         ring_blocks = torch.arange(1, 1 + blocks, dtype=torch.int32, device=device)
-        few = min(self.most_queries, tokens)
-        decoding = min(tokens // few, self.most_requests), few
-        others = ((1, min(slots, tokens)) for slots in QUERY_SLOTS)
-        for requests, length in ((1, tokens), decoding, *others):
+        shortest = [1, *(1 + slots for slots in QUERY_SLOTS[:-1])]
+        many = [(min(tokens // length, self.most_requests), length) for length in shortest]
+        for requests, length in ((1, tokens), *((r, length) for r, length in many if r)):
             groups = group_rows([length] * requests, len(pages), device)
             begins = length * torch.arange(requests + 1, dtype=torch.int32, device=device)
             for rows in groups:

@@ -21,7 +21,9 @@ from torch import Tensor
 from oscar_kv.config import PAGE_TOKENS
 from oscar_kv.kernels import DECODE_QUERIES
 
-QUERY_SLOTS = (1, 4, DECODE_QUERIES, PAGE_TOKENS)
+QUERY_SLOTS = (1, 4, DECODE_QUERIES, 32, 64, PAGE_TOKENS)
+"""How many queries a row may have room for. Kernels are compiled for each; and the more there are,
+the less memory do short prompts waste."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def most_blocks(new_tokens: int) -> int:
 
 
 def query_slots(new_tokens: int) -> int:
-    """Query slots of a request's rows. There are few numbers: kernels are compiled for each."""
+    """Query slots of the rows of a request that computes so many tokens."""
     return next((slots for slots in QUERY_SLOTS if slots >= new_tokens), PAGE_TOKENS)
 
 
@@ -144,7 +146,8 @@ class DecodeRows:
         blocks = most_blocks(most)
         begins_with_ones = most == 1 and 0 not in query_lengths[: sum(query_lengths)]
         in_order = begins_with_ones and requests <= num_tokens
-        return self._rows[blocks].first(requests * blocks, most, in_order=in_order)
+        rows = self._rows[blocks]
+        return rows.first(requests * blocks, query_slots(most), in_order=in_order)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def open_rows(
     group = num_heads // num_kv_heads
     parts = PAGE_TOKENS // _TOKENS + triton.cdiv(group * num_queries, _TOKENS)
     # Few new tokens never take the place of one that is still read: the ring has room for both.
-    few = num_queries <= ring.tokens - PAGE_TOKENS + 1
+    few = num_queries < PAGE_TOKENS and num_queries <= ring.tokens - PAGE_TOKENS + 1
     for loads, stores in [(True, True)] if few else [(True, False), (False, True)]:
         _open_kernel[(count, num_kv_heads, parts if loads else PAGE_TOKENS // _TOKENS)](
             rows.requests,
@@ -110,7 +110,10 @@ def close_rows(rows: Rows, result: Tensor, output: Tensor) -> None:
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride", "row_table_stride", "width"],
+    do_not_specialize_on_alignment=["requests", "blocks"],
+)
 def _locate_kernel(
     requests,
     blocks,
@@ -154,7 +157,7 @@ def _locate_kernel(
         tl.store(row_table + entry, tl.load(table + entry, mask=entry < pages), mask=entry < pages)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ring_table_stride"])
 def _open_kernel(
     requests,
     page_counts,
