@@ -230,6 +230,13 @@ def test_models_without_such_a_cache_are_refused(plain: Any, preset: str) -> Non
         OscarLM(model, tokenizer=plain.tokenizer, preset=preset)
 
 
+@pytest.mark.parametrize(("context", "continuation"), [(0, 1), (3, 0), (3, 65)])
+def test_requests_that_cannot_be_scored_are_refused(context: int, continuation: int) -> None:
+    model = OscarLM(pretrained=str(MODEL), dtype="float32", device="cpu", max_length=64)
+    with pytest.raises(ValueError, match=f"a context of {context} and a continuation"):
+        model._loglikelihood_tokens([(None, [5] * context, [6] * continuation)])
+
+
 def test_the_command_without_the_harness(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
