@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -74,39 +75,36 @@ def main(
     def result(model: Path, suite: str) -> Path:
         return out / f"{model.name}_{suite}.jsonl".replace("-", "_")
 
-    waiting: list[tuple[Path, str, str]] = [
+    waiting = [
         (model, suite, method)
         for suite, methods in SUITES.items()
         for method, model in itertools.product(methods, models)
     ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if gpus else dict(os.environ)
+
+    def run(number: int, part: Path) -> bool:
+        """Whether there was nothing wrong, though it may not have finished."""
+        model, suite, method = waiting[number]
+        done = result(model, suite)
+        part.write_bytes(done.read_bytes() if done.exists() else b"")
+        asked = command(model, method, TASKS[suite], devices[number % len(devices)], part)
+        left = deadline - time.monotonic()
+        try:
+            return left <= 0 or subprocess.run(asked, env=environment, timeout=left).returncode == 0
+        except subprocess.TimeoutExpired:
+            return True
+
     with tempfile.TemporaryDirectory() as folder:
-        parts: dict[Path, list[Path]] = {}
-        running: list[subprocess.Popen[bytes]] = []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if gpus else dict(os.environ)
-        for number, (model, suite, method) in enumerate(waiting):
-            while sum(p.poll() is None for p in running) >= processes * len(devices):
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.2)
-            if time.monotonic() > deadline:
-                break
-            part, done = Path(folder) / f"{number}.jsonl", result(model, suite)
-            part.write_bytes(done.read_bytes() if done.exists() else b"")
-            parts.setdefault(done, []).append(part)
-            device = devices[number % len(devices)]
-            asked = command(model, method, TASKS[suite], device, part)
-            running.append(subprocess.Popen(asked, env=environment))
-        failed = 0
-        for process in running:
-            try:
-                failed += process.wait(max(0.0, deadline - time.monotonic())) != 0
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for done, files in parts.items():
+        parts = [Path(folder) / f"{number}.jsonl" for number in range(len(waiting))]
+        with ThreadPoolExecutor(processes * len(devices)) as pool:
+            fine = list(pool.map(run, range(len(waiting)), parts))
+        of_result: dict[Path, list[Path]] = {}
+        for (model, suite, _), part in zip(waiting, parts):
+            of_result.setdefault(result(model, suite), []).append(part)
+        for done, files in of_result.items():
             print(f"{done}: {collect(files, done)} new results")
-    if failed:
-        raise SystemExit(f"{failed} of {len(running)} runs failed: see above")
+    if not all(fine):
+        raise SystemExit(f"{fine.count(False)} of {len(fine)} runs failed: see above")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from oscar_kv import cli, quantize
-from oscar_kv.core.attention import attention
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not part of the package
 
 from benchmarks import record
 from benchmarks.gpu import (
@@ -31,6 +25,8 @@ from benchmarks.gpu import (
     timing,
 )
 from benchmarks.gpu.report import Report
+from oscar_kv import cli, quantize
+from oscar_kv.core.attention import attention
 
 triton = pytest.importorskip("triton")
 INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 from oscar_kv.generation import load
 from tools import train_demo_vlm
 from tools.train_demo_vlm import QUESTION, Scene, batch, build
 
 
-def test_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = ["train_demo_vlm", "--out", str(tmp_path), "--steps", "1", "--batch-size", "2"]
-    monkeypatch.setattr("sys.argv", argv)
-    train_demo_vlm.main()
+def test_one_step(tmp_path: Path) -> None:
+    asked = ["--out", str(tmp_path), "--steps", "1", "--batch-size", "2"]
+    command = typer.Typer()
+    command.command()(train_demo_vlm.main)
+    assert CliRunner().invoke(command, asked, catch_exceptions=False).exit_code == 0
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["settings"] == {"steps": 1, "batch_size": 2, "seed": 0}
     assert list(record["held_out_accuracy"]) == ["color", "shape", "row", "column"]

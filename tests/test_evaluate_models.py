@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import evaluate_models
 from oscar_kv.demo import MODEL
 from oscar_kv.evaluation import runner
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not part of the package
-from benchmarks import evaluate_models
 
 
 @pytest.mark.slow

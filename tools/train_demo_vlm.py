@@ -11,17 +11,17 @@ matplotlib (Grace Hopper, public domain), cut into six tiles as large as it sees
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
 import torch
 import transformers
+import typer
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -159,28 +159,26 @@ def accuracy(model: Any, processor: Any, pairs: list[Example]) -> dict[str, floa
     return {name: count / len(pairs) for name, count in right.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    draws = torch.Generator().manual_seed(arguments.seed)
-    model, processor = build(arguments.seed)
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    steps: Annotated[int, typer.Option(help="Of training.")] = 400,
+    batch_size: Annotated[int, typer.Option(help="Pictures in a step.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the new weights and of the pictures.")] = 0,
+) -> None:
+    """Train it and write it."""
+    draws = torch.Generator().manual_seed(seed)
+    model, processor = build(seed)
     processor.tokenizer.padding_side = "right"
     spoken = list(model.model.language_model.parameters())
     known = {id(parameter) for parameter in spoken}
     new = [parameter for parameter in model.parameters() if id(parameter) not in known]
     optimizer = torch.optim.AdamW([{"params": spoken}, {"params": new}])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [2e-4, 1e-3], arguments.steps, pct_start=0.1
-    )
-    held_out = examples(64, torch.Generator().manual_seed(arguments.seed + 1))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [2e-4, 1e-3], steps, pct_start=0.1)
+    held_out = examples(64, torch.Generator().manual_seed(seed + 1))
     begin, curve = time.perf_counter(), []
     model.train()
-    for step in range(arguments.steps):
-        loss = model(**batch(processor, examples(arguments.batch_size, draws))).loss
+    for step in range(steps):
+        loss = model(**batch(processor, examples(batch_size, draws))).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -190,24 +188,24 @@ def main() -> None:
         if step % 20 == 0:
             print(f"{step} {curve[-1]:.3f} {time.perf_counter() - begin:.0f} s", flush=True)
     model.eval()
-    model.save_pretrained(arguments.out)
-    processor.save_pretrained(arguments.out)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
     photograph = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     for number, tile in enumerate(tiles(Image.open(photograph))):
-        tile.save(arguments.out / f"tile_{number}.png")
-    weights = (arguments.out / "model.safetensors").read_bytes()
+        tile.save(out / f"tile_{number}.png")
+    weights = (out / "model.safetensors").read_bytes()
     record = {
         "environment": environment(),
-        "settings": {key: value for key, value in vars(arguments).items() if key != "out"},
+        "settings": {"steps": steps, "batch_size": batch_size, "seed": seed},
         "seconds": round(time.perf_counter() - begin),
         "loss_every_20_steps": curve[::20],
         "held_out_pictures": len(held_out),
         "held_out_accuracy": accuracy(model, processor, held_out),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    (arguments.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({key: record[key] for key in ("seconds", "held_out_accuracy", "sha256")}))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
