@@ -14,7 +14,7 @@ from states import states
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from oscar_kv import OscarCache, OscarConfig, quantize
+from oscar_kv import OscarCache, OscarConfig, PackedKV, quantize
 from oscar_kv.kernels import append, triton_backend
 
 LAYERS = 3
@@ -138,7 +138,14 @@ def part(begin: int, end: int) -> tuple[Tensor, Tensor]:
     return KEYS[:, :, begin:end], VALUES[:, :, begin:end]
 
 
-def test_what_an_undo_needs_is_counted_and_goes_with_the_next_append() -> None:
+@pytest.mark.parametrize(
+    "goes_on",
+    [lambda packed: append(packed, *part(520, 521)), lambda packed: packed.reserve(1)],
+    ids=["append", "reserve"],
+)
+def test_what_an_undo_needs_is_counted_and_goes_once_decoding_goes_on(
+    goes_on: Callable[[PackedKV], None],
+) -> None:
     packed = quantize(*part(0, 255))
     append(packed, *part(255, 256))
     assert packed.memory()["undo"] == 0  # a crop stays within the recent window
@@ -146,7 +153,7 @@ def test_what_an_undo_needs_is_counted_and_goes_with_the_next_append() -> None:
     tail = 2 * 3 * 2 * 128 * 32 * 4  # keys and values of 3 x 2 heads, 128 tokens, float32
     assert packed.memory()["undo"] == tail
     assert packed.nbytes == quantize(*part(0, 520)).nbytes + tail
-    append(packed, *part(520, 521))
+    goes_on(packed)
     assert packed.memory()["undo"] == 0
 
 

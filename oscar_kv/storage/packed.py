@@ -148,7 +148,8 @@ class PackedKV(PackedStates):
         """Sets pages aside so that every sequence can take ``tokens`` more in steps.
 
         From then on the steps move no memory and need nothing from the host, as a CUDA graph asks.
-        A prompt, a rollback or a selection gives up what is left.
+        A prompt, a rollback or a selection gives up what is left. The latest append is for good:
+        the copy that would take it back exactly is as large as the tail.
 
         Raises:
             ValueError: for a negative number, or if pages are offloaded: the host moves these.
@@ -158,6 +159,7 @@ class PackedKV(PackedStates):
         if isinstance(self.pool, OffloadedPool):
             raise ValueError("reserve: pages are offloaded, so every step needs the host")
         self._device_leads = True
+        self._undo = None
         self.version = object()
         wanted = [self._pages_after(s, tokens) - len(s.pages + s.reserved) for s in self._sequences]
         ids = self.pool.allocate(sum(max(0, missing) for missing in wanted))
