@@ -26,7 +26,7 @@ from benchmarks.record import RESULTS
 from oscar_kv.evaluation import runner
 from oscar_kv.evaluation.suites import SUITES
 
-PERPLEXITY = "perplexity:windows=12,length=4096,prefix=2048"
+PERPLEXITY = "perplexity:windows=12,length=4096,prefix=2048,batch=12"
 RECALL = "recall:lengths=[1024,2048,3584],trials=3"
 TASKS = {
     "peers": (

@@ -125,10 +125,10 @@ def main(
     source: Annotated[
         list[Path] | None, typer.Option(help="Folders of text; default: this Python's libraries.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW weight decay.")] = 0.1,
-    workers: Annotated[int, typer.Option(help="Processes that make windows.")] = 4,
+    workers: Annotated[int, typer.Option(help="Processes that make windows.")] = 8,
     first_token: Annotated[
         float, typer.Option(help="Norm of the first token's keys and values, over the others'.")
     ] = 0.3,

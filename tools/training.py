@@ -22,6 +22,8 @@ from windows import BOS, BOS_ID, TrainingWindows
 
 COMPILATION_STEPS = 3
 """First steps, slow while the model compiles, that do not count against the minutes."""
+EVALUATIONS = 5
+"""Points of a run's curve, evenly spread. They do not count, either."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def train(
     model.train()
     curve: list[dict] = []
     evaluation_time = 0.0
-    next_evaluation = 0.1
+    next_evaluation = 1 / EVALUATIONS
     step, progress, elapsed, started = 0, 0.0, 0.0, time.perf_counter()
     while progress < 1.0:
         factor = learning_rate_factor(progress, settings.warmup_share)
@@ -163,7 +165,7 @@ def train(
             }
             curve.append(point)
             typer.echo(json.dumps(point))
-            next_evaluation += 0.1
+            next_evaluation += 1 / EVALUATIONS
             evaluation_time += time.perf_counter() - evaluation_started
     return {
         "minutes": round(elapsed / 60, 3),

@@ -47,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def encode_stream(tokenizer: Tokenizer, texts: Iterable[str], begin: bool = True) -> np.ndarray:
     """Concatenate the texts' tokens, each with <bos> before it if ``begin``."""
-    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=begin)
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=begin)
     return np.concatenate([np.asarray(encoding.ids, dtype=np.uint16) for encoding in encodings])
 
 
