@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +52,11 @@ def command(model: Path, method: str, tasks: tuple[str, ...], device: str, out: 
     ]
 
 
+def finished(rows: Path) -> Counter[str]:
+    """How many tasks of every method have a row."""
+    return Counter(row["method"]["name"] for row in runner.read_rows(rows))
+
+
 def collect(parts: list[Path], into: Path) -> int:
     """Adds the rows of ``parts`` that ``into`` lacks, in that order; how many there were."""
     known = {row["key"] for row in runner.read_rows(into)}
@@ -79,6 +85,7 @@ def main(
         (model, suite, method)
         for suite, methods in SUITES.items()
         for method, model in itertools.product(methods, models)
+        if finished(result(model, suite))[method] < len(TASKS[suite])
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if gpus else dict(os.environ)
 

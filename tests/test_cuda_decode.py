@@ -313,7 +313,9 @@ def test_every_page_is_read_once(
     counts: list[int], heads: int, processors: int, together: int, fewest: int
 ) -> None:
     pages, owners, read = max(counts), heads * len(counts), heads * sum(counts)
-    team, parts = cuda_decode._divide(owners, pages, read, processors, together, fewest)
+    team, parts = cuda_decode._divide(
+        len(counts), owners, pages, read, processors, together, fewest
+    )
     assert team in (1, 2, 4)
     assert team >= fewest
     if not parts:
@@ -336,12 +338,12 @@ def test_every_page_is_read_once(
         ([256] * 8, False),  # four parts each fill the places of an H200
         ([256, 230, 192, 154, 128, 77, 51, 26], True),  # parts would be as unlike as sequences
         ([256] * 29, True),  # 232 sequences and heads, 264 places
-        ([32] * 1176, False),  # small parts fill the places well enough
+        ([31] * 1176, False),  # so many sequences take long to look through
     ],
 )
 def test_work_is_shared_evenly_where_that_is_faster(counts: list[int], streamed: bool) -> None:
     owners, read = 8 * len(counts), 8 * sum(counts)
-    _, parts = cuda_decode._divide(owners, max(counts), read, 132, 2, 1)
+    _, parts = cuda_decode._divide(len(counts), owners, max(counts), read, 132, 2, 1)
     assert (parts == 0) == streamed
 
 

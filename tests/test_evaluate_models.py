@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +20,17 @@ def test_goes_on_where_it_stopped(
     monkeypatch.setattr(evaluate_models, "TASKS", tasks)
     monkeypatch.setattr(evaluate_models, "SUITES", {"peers": ("full", "compact")})
     evaluate_models.main([MODEL], minutes=5, processes=2, out=tmp_path)
+    begun = []
+    command = evaluate_models.command
+
+    def noting(model: Path, method: str, *rest: Any) -> list[str]:
+        begun.append(method)
+        return command(model, method, *rest)
+
+    monkeypatch.setattr(evaluate_models, "command", noting)
     monkeypatch.setattr(evaluate_models, "SUITES", {"peers": ("full", "compact", "int4")})
     evaluate_models.main([MODEL], minutes=5, processes=2, out=tmp_path)
+    assert begun == ["int4"]
     file = tmp_path / f"{MODEL.name}_peers.jsonl"
     assert [row["method"]["name"] for row in runner.read_rows(file)] == ["full", "compact", "int4"]
     assert capsys.readouterr().out == f"{file}: 2 new results\n{file}: 1 new results\n"

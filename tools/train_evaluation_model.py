@@ -7,8 +7,8 @@
 ``llama`` has no QK-norm, ``qwen3`` has. Both see ``<bos>`` first in every window and nowhere else.
 In large models without QK-norm attention sinks into the first token, whose keys and values are
 small: the imbalance that token scaling is for. Within minutes sinks form, but not their small
-norms. So for ``llama`` a term of the loss asks for these, which ``--first-token 0`` leaves out;
-``sinks`` in ``training.json`` says what came of it.
+norms. So for ``llama`` a term of the loss asks for these in the second half of the training, which
+``--first-token 0`` leaves out; ``sinks`` in ``training.json`` says what came of it.
 
 They read the code and documentation that the Python installation holds. The folder gets the model,
 its tokenizer, ``heldout.npz`` (text of packages never trained on) and ``training.json``.

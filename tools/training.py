@@ -74,6 +74,12 @@ def excess_of_first_token(
     return torch.relu(torch.cat(ratios).sqrt() - wanted).mean()
 
 
+def wanted_first_token(progress: float, final: float) -> float:
+    """From 1, until half of the training has let sinks form, down to ``final`` at nine tenths:
+    gradually, so that queries can grow as the key they look for shrinks."""
+    return 1 + (final - 1) * min(1.0, max(0.0, (progress - 0.5) / 0.4))
+
+
 def learning_rate_factor(progress: float, warmup_share: float) -> float:
     """Linear warm-up, then a cosine from 1 to 0; ``progress`` runs from 0 to 1."""
     if progress < warmup_share:
@@ -137,8 +143,9 @@ def train(
             loss = compute_loss(model(tokens, use_cache=False).logits, tokens, weights)
             objective = loss
             if settings.first_token is not None:
+                wanted = wanted_first_token(progress, settings.first_token)
                 with torch.compiler.set_stance("force_eager"):
-                    excess = excess_of_first_token(model, tokens[:1, :64], settings.first_token)
+                    excess = excess_of_first_token(model, tokens[:1, :64], wanted)
                 objective = loss + excess
         objective.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)

@@ -210,7 +210,9 @@ def plan(packed: Sequences, num_new: int) -> Plan:
     if packed.total_pages is None:
         return streamed
     read = layout.num_kv_heads * packed.total_pages
-    team, parts = _divide(owners, packed.most_pages, read, processors, together, fewest)
+    team, parts = _divide(
+        packed.batch_size, owners, packed.most_pages, read, processors, together, fewest
+    )
     if not parts:
         return streamed
     return Plan(team, parts, dense, dense_apart=(parts + dense) * owners <= together * processors)
@@ -218,7 +220,13 @@ def plan(packed: Sequences, num_new: int) -> Plan:
 
 @lru_cache(maxsize=4096)
 def _divide(
-    owners: int, pages: int, read: int, processors: int, together: int, fewest: int
+    sequences: int,
+    owners: int,
+    pages: int,
+    read: int,
+    processors: int,
+    together: int,
+    fewest: int,
 ) -> tuple[int, int]:
     """The team and the parts that are done first, for ``owners`` sequences times KV heads.
 
@@ -245,8 +253,9 @@ def _divide(
         pace = 1.2 if min(blocks, together) == 1 else 1.0
         return blocks * (pace * -(-pages // (parts * teams)) + 1)
 
-    # A block has to find its share first; going on to the next owner costs more than a page.
-    even = (read / teams + 1.25 * owners) / processors + 1.75 * together
+    # A block has to find its share first, by looking at all sequences; going on to the next owner
+    # costs more than a page.
+    even = (read / teams + 1.25 * owners) / processors + 1.75 * together + 0.04 * sequences
     most = max(1, min(-(-pages // teams), 4 * together * processors // owners))
     parts = min(range(1, most + 1), key=cost)
     return fewest, parts if cost(parts) <= even else 0
