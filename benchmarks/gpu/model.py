@@ -205,6 +205,9 @@ COLUMNS = {
 def main(
     preset: str = typer.Option("compact", help="Of our side."),
     quick: bool = typer.Option(False, help="The most important third."),
+    only: str = typer.Option(
+        "", help="Just this, such as 'throughput 4K', to gpu_model_part.json."
+    ),
     seconds: float = typer.Option(0.0, help="Begin nothing after so long; 0 is 215, or 65 quick."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON and nothing else."),
 ) -> None:
@@ -228,7 +231,7 @@ def main(
         "quick": quick,
         **ceiling,
     }
-    report = Report("gpu_model", settings, COLUMNS, as_json)
+    report = Report("gpu_model_part" if only else "gpu_model", settings, COLUMNS, as_json)
     compared = Comparison(Bf16(model), Oscar(model, preset), ceiling)
     report.console.print(f"logits against SDPA over the same states: {compared.logits}")
     cases: dict[str, Callable[[], Iterable[Row]]] = {}
@@ -236,6 +239,8 @@ def main(
         cases[f"latency {context}K"] = partial(compared.latency, context * K)
     for context in (32,) if quick else (32, 4, 128):
         cases[f"throughput {context}K"] = partial(compared.throughput, context * K)
+    if only:
+        cases = {only: cases[only]}
     for name, measurement in budget.within(cases):
         report.attempt(name, measurement)
     report.close(budget.skipped)
