@@ -58,6 +58,11 @@ def diagnose(
     ids = loaded.encode(content)[:, : min(tokens, limit)]
     if image:
         inputs, continuation = _with_pictures(loaded, ids, image), None
+        if (length := inputs["input_ids"].shape[1]) > limit:
+            raise ValueError(
+                f"{length} tokens with the pictures: this model takes {limit}; ask for fewer "
+                "with --tokens"
+            )
     else:
         inputs, continuation = {"input_ids": ids[:, :-CONTINUED]}, ids[:, -CONTINUED:]
         if ids.shape[1] < SMALLEST + CONTINUED:

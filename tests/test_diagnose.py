@@ -387,6 +387,10 @@ def test_command_with_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str
     checkpoint.processor.save_pretrained(tmp_path / "llava")
     assert run(*args, *pictures, "--tokens", 290, "--json") == 0
     assert json.loads(capsys.readouterr().out)["layers"] == printed["layers"]
+    limit = checkpoint.model.config.text_config.max_position_embeddings
+    text.write_text("what do you see? " * limit)
+    assert run(*args, *pictures, "--tokens", limit) == 2
+    assert f"this model takes {limit}" in capsys.readouterr().err
     assert run(*args, "--image", text) == 2
     assert "cannot identify" in capsys.readouterr().err
     assert run("diagnose", "--model", MODEL, "--image", picture) == 2
