@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oscar_kv.config import FULL_PRECISION, PRESETS
+from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
 
 _PUBLISHED = (
     "fp8",
@@ -18,6 +18,9 @@ _PUBLISHED = (
     "kitty",
     "oscar-eigen",
 )
+_WITHOUT_WINDOW = tuple(
+    f"{preset}:recent_tokens=0" for preset in PRESETS if OscarConfig.preset(preset).recent_tokens
+)
 PAPER_GRID = (
     "ablation:key_fit=minmax,value_fit=minmax,unbiased_norm=false,metadata=fp16,key_group=32"
 )
@@ -25,8 +28,9 @@ PAPER_GRID += ",value_group=32,recent_tokens=0"
 SAME_WINDOW = "sink_tokens=0,recent_tokens=128"
 
 SUITES: dict[str, tuple[str, ...]] = {
-    # Every method with the full-precision tokens that it was published with.
-    "peers": (FULL_PRECISION, *_PUBLISHED, *PRESETS),
+    # Every method with the full-precision tokens that it was published with, and the presets
+    # without their window as well: in a short context it weighs more than all else.
+    "peers": (FULL_PRECISION, *_PUBLISHED, *PRESETS, *_WITHOUT_WINDOW),
     # Every method with the newest 128 tokens in full precision, and no others but its blocks'.
     "same-window": (
         FULL_PRECISION,
