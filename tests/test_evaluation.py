@@ -14,14 +14,14 @@ from oscar_kv.cli import main
 from oscar_kv.core.attention import attention
 from oscar_kv.demo import MODEL
 from oscar_kv.evaluation import report, runner
-from oscar_kv.evaluation.cache import Contender, contender
+from oscar_kv.evaluation.cache import Contender, contender, describe
 from oscar_kv.evaluation.capture import capture
 from oscar_kv.evaluation.methods import method, view
 from oscar_kv.evaluation.quality import score
 from oscar_kv.evaluation.subject import Subject, rows_of_array, rows_of_text
 from oscar_kv.evaluation.suites import SUITES
 from oscar_kv.evaluation.tasks import AttentionError, Drift, Perplexity, Recall, task
-from oscar_kv.evaluation.tasks.base import kl_divergence
+from oscar_kv.evaluation.teacher import kl_divergence
 
 HELD_OUT = f"{MODEL / 'heldout.npz'}:text"
 PERPLEXITY = "perplexity:windows=2,length=512,prefix=256"
@@ -35,7 +35,9 @@ def subject() -> Subject:
 
 def contenders(subject: Subject, *names: str) -> list[Contender]:
     config = subject.model.config
-    return [contender(name, config, lambda: subject.calibration) for name in names]
+    return [
+        contender(name, config, lambda: subject.calibration, subject.sensitivity) for name in names
+    ]
 
 
 def ignore(steps: int) -> None:
@@ -318,8 +320,8 @@ def test_labels_leave_out_what_a_suite_shares() -> None:
     same = [report.label({"method": {"name": name}}) for name in SUITES["same-window"]]
     assert "kivi" in same
     for suite in SUITES.values():
-        for name in suite[1:]:
-            method(name)
+        for name in suite:
+            describe(name)
 
 
 @pytest.mark.parametrize(

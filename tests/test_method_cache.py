@@ -166,8 +166,9 @@ def test_contenders(model: Any, tokens: Tensor) -> None:
     def calibration() -> list[Any]:
         return list(capture(model, tokens[:, :64]).values())
 
-    for name in [*METHODS, "full", "quality@cache", "compact:recent_tokens=0@cache"]:
-        cache = contender(name, model.config, calibration).make_cache()
+    names = [*METHODS, "full", "quality@cache", "compact:recent_tokens=0@cache", "mixed:layers=1"]
+    for name in names:
+        cache = contender(name, model.config, calibration, lambda one: [1, 2]).make_cache()
         logits_of(model, tokens[:, :280], cache, 256, 8)
     assert describe("kivi:group=16")["group"] == 16
     for name, message in {

@@ -13,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from oscar_kv.config import FULL_PRECISION, PAGE_TOKENS
 from oscar_kv.evaluation.methods import LayerStates, Method, Oscar, bits_per_element, method
 from oscar_kv.evaluation.methods.base import FULL_PRECISION_BITS
+from oscar_kv.evaluation.mixed import Mixed
 from oscar_kv.integrations.models import cache_layers, is_quantized
 from oscar_kv.integrations.transformers import OscarCache, OscarLayer
 
@@ -74,31 +75,42 @@ class MethodCache(Cache):
 
     Args:
         model_config: ``model.config``.
-        methods: one for each full-attention layer; one for all of them if there is only one.
+        methods: one for each full-attention layer, ``None`` to leave it exact; one for all of them
+            if there is only one.
     """
 
-    def __init__(self, model_config: PreTrainedConfig, methods: Sequence[Method]) -> None:
+    def __init__(self, model_config: PreTrainedConfig, methods: Sequence[Method | None]) -> None:
         layers = [layer for layer, _ in cache_layers(model_config)]
-        full = [index for index, layer in enumerate(layers) if is_quantized(layer)]
+        full = full_layers(model_config)
         if len(methods) == 1:
             methods = [methods[0]] * len(full)
         for index, one in zip(full, methods, strict=True):
-            layers[index] = MethodLayer(one)
+            if one is not None:
+                layers[index] = MethodLayer(one)
         super().__init__(layers=layers)
+
+
+def full_layers(model_config: PreTrainedConfig) -> list[int]:
+    """Which decoder layers attend over everything, and are quantized."""
+    layers = enumerate(layer for layer, _ in cache_layers(model_config))
+    return [index for index, layer in layers if is_quantized(layer)]
 
 
 def describe(name: str) -> dict[str, Any]:
     """What the contender ``name`` is, as plain values.
 
     Args:
-        name: :data:`FULL_PRECISION`, what :func:`oscar_kv.evaluation.methods.method` takes, or the
-            latter for a preset with :data:`REAL_CACHE` behind it: the cache that users have.
+        name: :data:`FULL_PRECISION`, what :func:`oscar_kv.evaluation.methods.method` or
+            :class:`~oscar_kv.evaluation.mixed.Mixed` takes, or the former for a preset with
+            :data:`REAL_CACHE` behind it: the cache that users have.
 
     Raises:
         ValueError: for another name.
     """
     if name == FULL_PRECISION:
         return {"class": "DynamicCache"}
+    if mixed := Mixed.called(name):
+        return mixed.parameters()
     found = method(name.removesuffix(REAL_CACHE))
     if not name.endswith(REAL_CACHE):
         return found.parameters()
@@ -113,12 +125,15 @@ class Contender(NamedTuple):
     name: str
     make_cache: Callable[[], Cache]
     """An empty cache of it."""
+    better_layers: tuple[int, ...] = ()
+    """Full-attention layers that have the better of two methods."""
 
 
 def contender(
     name: str,
     model_config: PreTrainedConfig,
     calibration: Callable[[], Sequence[LayerStates]],
+    sensitivity: Callable[[Method], Sequence[float]],
 ) -> Contender:
     """The contender ``name`` (see :func:`describe`) on one model.
 
@@ -126,10 +141,16 @@ def contender(
         name: of the contender.
         model_config: ``model.config``.
         calibration: states of every full-attention layer on other text; called if needed.
+        sensitivity: what a method does to the model in each of them, on other text; likewise.
     """
     describe(name)
     if name == FULL_PRECISION:
         return Contender(name, lambda: DynamicCache(config=model_config))
+    if mixed := Mixed.called(name):
+        count = len(full_layers(model_config))
+        chosen = mixed.choose(count, sensitivity)
+        each = [mixed.methods[layer in chosen] for layer in range(count)]
+        return Contender(name, lambda: MethodCache(model_config, each), chosen)
     found = method(name.removesuffix(REAL_CACHE))
     if name.endswith(REAL_CACHE) and isinstance(found, Oscar):
         config = found.config

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
 from oscar_kv.evaluation.quality import make_cache
-from oscar_kv.evaluation.tasks.base import kl_divergence
+from oscar_kv.evaluation.teacher import kl_divergence
 
 NEW_TOKENS = 64
 """Length of a continuation that the model has to find itself."""

@@ -72,7 +72,7 @@ class CacheChoice:
         """
         require_usable_cache(model_config)
         if self.config is None:
-            return contender(self.name, model_config, lambda: ()).make_cache
+            return contender(self.name, model_config, tuple, lambda method: ()).make_cache
 
         def make() -> Cache:
             return OscarCache(model_config, self.config, offloading=self.offloading)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from oscar_kv.evaluation.report import Table, label
 
-_OURS = ("Oscar", "OscarCache", "Ablation")
+_OURS = ("Oscar", "OscarCache", "Ablation", "Mixed")
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

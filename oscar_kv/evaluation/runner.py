@@ -66,7 +66,10 @@ def run(
     """
     config = subject.model.config
     names = dict.fromkeys(name for one in plans for name in one.names)
-    made = {name: contender(name, config, lambda: subject.calibration) for name in names}
+    made = {
+        name: contender(name, config, lambda: subject.calibration, subject.sensitivity)
+        for name in names
+    }
     for number, one in enumerate(plans):
         contenders = [made[name] for name in one.names]
 
@@ -82,6 +85,7 @@ def run(
                 "bits_per_element": found.bits.all,
                 "quantized_bits_per_element": found.bits.quantized,
                 "cached_tokens": found.bits.length,
+                **({"better_layers": each.better_layers} if each.better_layers else {}),
                 "result": found.result,
                 "environment": environment(),
             }

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from oscar_kv.evaluation.capture import capture
-from oscar_kv.evaluation.methods import LayerStates
+from oscar_kv.evaluation.methods import LayerStates, Method
+from oscar_kv.evaluation.sensitivity import layer_sensitivity
 from oscar_kv.generation import Loaded, load
 
 CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 4, 1024
@@ -45,6 +46,7 @@ class Subject:
         self.rows = rows[:-CALIBRATION_WINDOWS]
         self._calibration_rows = rows[-CALIBRATION_WINDOWS:, :CALIBRATION_TOKENS]
         self._folder = Path(model)
+        self._sensitivity: dict[Method, Sequence[float]] = {}
 
     @property
     def model(self) -> Any:
@@ -71,6 +73,13 @@ class Subject:
     def calibration(self) -> Sequence[LayerStates]:
         """States of every full-attention layer on the text that was set aside."""
         return list(capture(self.model, self._calibration_rows).values())
+
+    def sensitivity(self, method: Method) -> Sequence[float]:
+        """What ``method`` does to the model in each full-attention layer, on the same text."""
+        if method not in self._sensitivity:
+            found = layer_sensitivity(self.model, self._calibration_rows, method)
+            self._sensitivity[method] = found
+        return self._sensitivity[method]
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:

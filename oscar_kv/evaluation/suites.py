@@ -21,6 +21,16 @@ _PUBLISHED = (
 _WITHOUT_WINDOW = tuple(
     f"{preset}:recent_tokens=0" for preset in PRESETS if OscarConfig.preset(preset).recent_tokens
 )
+# What of ours has no page yet: fewer bits than any preset, and what lies between two of them.
+_NO_PAGES_YET = (
+    "ablation:recent_tokens=0,value_bits=1,token_scale=cross_head",
+    "ablation:recent_tokens=0,value_bits=1",
+    "ablation:recent_tokens=0,value_bits=1.6",
+    "ablation:recent_tokens=0,key_bits=3",
+    "mixed:recent_tokens=0,base=ablation:value_bits=1",
+    "mixed:recent_tokens=0",
+    "mixed",
+)
 PAPER_GRID = (
     "ablation:key_fit=minmax,value_fit=minmax,unbiased_norm=false,metadata=fp16,key_group=32"
 )
@@ -30,7 +40,7 @@ SAME_WINDOW = "sink_tokens=0,recent_tokens=128"
 SUITES: dict[str, tuple[str, ...]] = {
     # Every method with the full-precision tokens that it was published with, and the presets
     # without their window as well: in a short context it weighs more than all else.
-    "peers": (FULL_PRECISION, *_PUBLISHED, *PRESETS, *_WITHOUT_WINDOW),
+    "peers": (FULL_PRECISION, *_PUBLISHED, *PRESETS, *_WITHOUT_WINDOW, *_NO_PAGES_YET),
     # Every method with the newest 128 tokens in full precision, and no others but its blocks'.
     "same-window": (
         FULL_PRECISION,
@@ -62,8 +72,17 @@ SUITES: dict[str, tuple[str, ...]] = {
         "ablation:metadata=fp16",
         "ablation:key_bits=3",
         "ablation:key_bits=4",
+        "ablation:value_bits=1",
+        "ablation:value_bits=1,value_fit=least_squares",
+        "ablation:value_bits=1.6",
         "ablation:value_bits=3",
         "ablation:key_bits=3,value_bits=3",
+        "ablation:key_bits=3,value_bits=1.6",
+        "mixed:layers=1",
+        "mixed:layers=2",
+        "mixed:layers=[0,1]",
+        "mixed:layers=4",
+        "mixed:layers=4,better=quality",
         "ablation:sink_tokens=4",
         "ablation:recent_tokens=0",
         "ablation:recent_tokens=256",

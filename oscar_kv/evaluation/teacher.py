@@ -60,3 +60,9 @@ def forced(
         end = min(first + step, last)
         logits = forward(tokens[:, first:end], past_key_values=cache, use_cache=True).logits
         yield logits, tokens[:, first + 1 : end + 1]
+
+
+def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """``KL(reference || logits)`` in nats over the last dimension, float32."""
+    exact, found = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (exact.exp() * (exact - found)).sum(-1)

@@ -6,6 +6,7 @@ setting is one of the presets both read the same numbers (tests/test_ablation.py
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,15 +22,17 @@ from oscar_kv.evaluation.methods.oscar import from_pages, to_pages
 from oscar_kv.storage.codec import VALUE_PEAK
 
 Fit = Literal["minmax", "least_squares", "energy", "unbiased"]
-STEP_3_BITS = 0.586
-"""Step of the best uniform 3-bit grid for a normal distribution of deviation one."""
+LEVELS = {1: 2, 1.6: 3, 2: 4, 3: 8, 4: 16}
+"""By bits of a code. Five codes of three levels are a byte: ``3**5 = 243``."""
+STEPS = {2: 1.596, 3: 1.224, 8: 0.586}
+"""By levels that no preset has: step of the best uniform grid for normal data of deviation one."""
 _METADATA: dict[str, tuple[Rounding, int]] = {"fp8": (round_fp8, 8), "fp16": (round_fp16, 16)}
 _CHOICES = {
     "token_scale": ("per_head", "cross_head", "none"),
     "key_fit": ("minmax", "least_squares", "energy", "unbiased"),
     "value_fit": ("minmax", "least_squares", "energy", "unbiased"),
     "key_bits": (2, 3, 4),
-    "value_bits": (2, 3, 4),
+    "value_bits": (1, 1.6, 2, 3, 4),
     "metadata": ("fp8", "fp16"),
 }
 
@@ -46,7 +49,8 @@ class Ablation(Method):
         key_fit, value_fit: ``"minmax"`` is the paper's grid. The others take the codes of the
             unbiased fit and differ in the step ``a``: ``"least_squares"`` is ``cov / var(q)``,
             ``"energy"`` keeps the variance, ``"unbiased"`` is ``var / cov``.
-        key_bits, value_bits: 2, 3 (a plane of two bits and one of one bit) or 4.
+        key_bits: 2, 3 (a plane of two bits and one of one bit) or 4.
+        value_bits: likewise, or 1, or 1.6: three levels.
         key_group: tokens that share a grid; divides 128.
         value_group: channels that share a grid; the whole head if ``None``.
         metadata: what scales and centres are rounded to.
@@ -59,7 +63,7 @@ class Ablation(Method):
     key_fit: Fit = "unbiased"
     value_fit: Fit = "unbiased"
     key_bits: int = 2
-    value_bits: int = 2
+    value_bits: float = 2
     key_group: int = 128
     value_group: int | None = None
     metadata: Literal["fp8", "fp16"] = "fp8"
@@ -71,6 +75,8 @@ class Ablation(Method):
         for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {accepted}")
+        if self.value_bits == 1.6 and self.value_fit == "minmax":
+            raise ValueError("value_bits=1.6: expected another value_fit than 'minmax'")
         if self.block_tokens != PAGE_TOKENS or PAGE_TOKENS % self.key_group:
             raise ValueError(f"expected pages of {PAGE_TOKENS} tokens and a key_group dividing it")
 
@@ -96,7 +102,7 @@ class Ablation(Method):
                 scale = scale.amax(1, keepdim=True)
         pages, heads, tokens, _ = keys.shape
         scales = {"per_head": heads * tokens, "cross_head": tokens, "none": heads}
-        bits = keys.numel() * self.key_bits + 2 * metadata_bits * grid.scale.numel()
+        bits = _code_bits(keys, self.key_bits) + 2 * metadata_bits * grid.scale.numel()
         read = _stored(grid, self.key_bits, rounding).flatten(2, 3)
         return Coded(read * scale, bits + 16 * pages * scales[self.token_scale])
 
@@ -106,19 +112,23 @@ class Ablation(Method):
         unit = torch.exp2(torch.ceil(torch.log2(peak / VALUE_PEAK)))
         grouped = (values / unit).unflatten(-1, (-1, self.value_group or values.shape[-1]))
         grid = fit_grid(grouped, -1, self.value_bits, self.value_fit, rounding)
-        bits = values.numel() * self.value_bits + 2 * metadata_bits * grid.scale.numel()
+        bits = _code_bits(values, self.value_bits) + 2 * metadata_bits * grid.scale.numel()
         read = _stored(grid, self.value_bits, rounding).flatten(-2)
         return Coded(read * unit, bits + 32 * unit.numel())
 
 
-def fit_grid(x: Tensor, dim: int, bits: int, fit: Fit, rounding: Rounding) -> Grid:
+def fit_grid(x: Tensor, dim: int, bits: float, fit: Fit, rounding: Rounding) -> Grid:
     """A grid of any kind; see :class:`Ablation`. Arguments as in :func:`fit_minmax`."""
+    levels = LEVELS[bits]
     if fit == "minmax":
-        return fit_minmax(x, dim, bits, rounding)
-    grid = fit_unbiased(x, dim, bits, rounding)
-    if fit == "unbiased" and bits != 3:
-        return grid
-    codes = (_codes_3_bits(x, dim) if bits == 3 else grid.codes).float()
+        return fit_minmax(x, dim, int(bits), rounding)
+    if levels in STEPS:
+        codes = _codes(x, dim, levels)
+    else:
+        grid = fit_unbiased(x, dim, int(bits), rounding)
+        if fit == "unbiased":
+            return grid
+        codes = grid.codes.float()
     deviation, code_deviation = (t - t.mean(dim, keepdim=True) for t in (x, codes))
     variance = deviation.square().mean(dim, keepdim=True)
     code_variance = code_deviation.square().mean(dim, keepdim=True)
@@ -129,23 +139,34 @@ def fit_grid(x: Tensor, dim: int, bits: int, fit: Fit, rounding: Rounding) -> Gr
         "unbiased": variance / covariance,
     }
     scale = rounding(torch.where(covariance > 0, steps[fit], 0.0))
-    half = (2**bits - 1) / 2
+    half = (levels - 1) / 2
     middle = rounding(x.mean(dim, keepdim=True) - scale * (codes.mean(dim, keepdim=True) - half))
     return Grid(codes.to(torch.uint8), scale, middle - scale * half)
 
 
-def _codes_3_bits(x: Tensor, dim: int) -> Tensor:
-    """As :func:`fit_unbiased` at 2 bits: a grid for normal data, its middle towards the range's."""
+def _codes(x: Tensor, dim: int, levels: int) -> Tensor:
+    """A grid for normal data, as :func:`fit_unbiased` at 2 bits.
+
+    With eight levels its middle is half way towards that of the range; with fewer it is the mean.
+    """
     centred = x - x.mean(dim, keepdim=True)
-    step = STEP_3_BITS * centred.square().mean(dim, keepdim=True).sqrt()
+    step = STEPS[levels] * centred.square().mean(dim, keepdim=True).sqrt()
     low, high = torch.aminmax(centred, dim=dim, keepdim=True)
-    position = (centred - (low + high) / 4) / step.clamp_min(torch.finfo(x.dtype).tiny)
-    return (position + 3.5).round_().clamp_(0, 7)
+    middle = (low + high) / 4 if levels == 8 else 0.0
+    position = (centred - middle) / step.clamp_min(torch.finfo(x.dtype).tiny)
+    return (position + (levels - 1) / 2).round_().clamp_(0, levels - 1)
 
 
-def _stored(grid: Grid, bits: int, rounding: Rounding) -> Tensor:
+def _code_bits(pages: Tensor, bits: float) -> int:
+    """Of the codes of ``[pages, H, tokens, channels]``, in whole bytes for each page and head."""
+    codes = pages[0, 0].numel()
+    each = 8 * math.ceil(codes / 5) if bits == 1.6 else codes * int(bits)
+    return pages.shape[:2].numel() * each
+
+
+def _stored(grid: Grid, bits: float, rounding: Rounding) -> Tensor:
     """What a page gives back: its middle is what was rounded (storage/layout.py)."""
-    half = (2**bits - 1) / 2
+    half = (LEVELS[bits] - 1) / 2
     return (grid.codes - half) * grid.scale + rounding(grid.zero + grid.scale * half)
 
 

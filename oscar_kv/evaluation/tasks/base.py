@@ -73,9 +73,3 @@ def exact_prompt(subject: Subject, tokens: Tensor) -> DynamicCache:
     cache = DynamicCache(config=subject.model.config)
     read_prompt(subject.model, tokens, cache)
     return cache
-
-
-def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """``KL(reference || logits)`` in nats over the last dimension, float32."""
-    exact, found = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return (exact.exp() * (exact - found)).sum(-1)

@@ -15,8 +15,8 @@ from transformers.cache_utils import Cache
 
 from oscar_kv.evaluation.cache import FULL_BITS, Bits, Contender, bits_of
 from oscar_kv.evaluation.subject import Subject
-from oscar_kv.evaluation.tasks.base import Measured, Progress, Windowed, exact_prompt, kl_divergence
-from oscar_kv.evaluation.teacher import fill, forced
+from oscar_kv.evaluation.tasks.base import Measured, Progress, Windowed, exact_prompt
+from oscar_kv.evaluation.teacher import fill, forced, kl_divergence
 
 
 @dataclass(frozen=True, kw_only=True)
