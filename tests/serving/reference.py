@@ -54,21 +54,21 @@ def save_model(family: str, folder: Path) -> Path:
 
 
 @cache
-def load_model(path: Path) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(
-        path, attn_implementation="oscar", dtype=torch.float32
-    )
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="oscar", dtype=dtype)
     return model.eval()
 
 
 @torch.inference_mode()
-def log_probs(path: Path, config: OscarConfig, tokens: list[int]) -> torch.Tensor:
+def log_probs(
+    path: Path, config: OscarConfig, tokens: list[int], model: PreTrainedModel | None = None
+) -> torch.Tensor:
     """Log-probabilities ``[tokens, vocabulary]`` of what comes after each of ``tokens``.
 
     They are read with an `OscarCache` in blocks of 128, so that a block sees itself exactly and
     earlier ones packed, as in the engine.
     """
-    model = load_model(path)
+    model = model or load_model(path)
     cache = OscarCache(model.config, replace(config, recent_tokens=0))
     blocks = torch.tensor(tokens).split(PAGE_TOKENS)
     logits = [model(block[None], past_key_values=cache).logits[0] for block in blocks]
