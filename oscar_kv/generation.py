@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,9 +130,12 @@ def can_be_captured(model: Any, cache: Cache) -> bool:
         or not all(isinstance(layer, OscarLayer) for layer in cache.layers)
     ):
         return False
-    config = cast(OscarCache, cache).config
-    for layer, _ in ModelShape.from_config(model.config).layers:
-        shape = (layer.head_dim, layer.num_kv_heads, layer.value_head_dim)
+    configs = {cast(OscarLayer, layer).config for layer in cache.layers}
+    shapes = [
+        (layer.head_dim, layer.num_kv_heads, layer.value_head_dim)
+        for layer, _ in ModelShape.from_config(model.config).layers
+    ]
+    for config, shape in itertools.product(configs, shapes):
         try:
             require_kernels(PageLayout(config, *shape), model.device)
         except ValueError:

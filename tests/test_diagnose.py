@@ -221,7 +221,10 @@ def test_report(demo: Diagnosis, tmp_path: Path) -> None:
     assert f"{demo.steps[0].both:.4f}" in page
     assert page.count("<tr>") == 3 + len(demo.presets) + len(demo.steps) + 16
     assert all(len(row) == len(head_table(demo).header) for row in head_table(demo).rows)
+    most = max(demo.sensitivity, key=lambda layer: demo.sensitivity[layer])
+    assert f"layers={{{most}: OscarConfig.high()}}" in page
     saved = json.loads((files[0]).read_text())
+    assert saved["sensitivity"] == {str(k): loss for k, loss in demo.sensitivity.items()}
     assert saved["layers"][2]["heads"][1]["keys"]["peak"] == demo.layers[2].heads[1].keys.peak
     assert saved["tokens_by_kind"] == {"text": 600}
     (tmp_path / "file").write_text("")

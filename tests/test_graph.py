@@ -49,9 +49,13 @@ def test_what_cannot_be_captured_is_refused() -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("preset", ["compact", "paper"])
+@pytest.mark.parametrize(
+    ("preset", "layers"),
+    [("compact", {}), ("paper", {}), ("compact", {1: OscarConfig.high()})],
+    ids=["compact", "paper", "mixed"],
+)
 @torch.no_grad()
-def test_replayed_steps_equal_eager_ones(preset: str) -> None:
+def test_replayed_steps_equal_eager_ones(preset: str, layers: dict[int, OscarConfig]) -> None:
     """Over more than a page of steps, a ragged left-padded batch."""
     model = tiny_model("cuda")
     ids = torch.randint(0, 300, (2, 150 if preset == "compact" else 20), device="cuda")
@@ -59,7 +63,9 @@ def test_replayed_steps_equal_eager_ones(preset: str) -> None:
     mask[1, :7] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     steps = torch.randint(0, 300, (150, 2, 1), device="cuda")
-    eager, captured = (OscarCache(CONFIG, OscarConfig.preset(preset)) for _ in range(2))
+    eager, captured = (
+        OscarCache(CONFIG, OscarConfig.preset(preset), layers=layers) for _ in range(2)
+    )
     for cache in (eager, captured):
         model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
     captured.reserve(150)

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS, PRESETS, OscarConfig
 from oscar_kv.core.rotation import rotate
+from oscar_kv.evaluation.cache import full_layers
 from oscar_kv.evaluation.capture import CapturedAttention, capture_attention
 from oscar_kv.evaluation.diagnose_presets import PresetResult, Recommendation, measure, recommend
 from oscar_kv.evaluation.environment import environment
 from oscar_kv.evaluation.methods import Ablation, Method, Quantized, method
+from oscar_kv.evaluation.sensitivity import layer_sensitivity
 from oscar_kv.integrations.models import require_usable_cache
 
 QUERIES = 128
@@ -119,6 +121,9 @@ class Diagnosis:
     """Means over layers."""
     presets: list[PresetResult]
     recommendation: Recommendation
+    sensitivity: dict[int, float]
+    """By index of the layer, what packing it alone does to the logits: KL divergence from the
+    full-precision cache's, nats. Empty for inputs that are not all text."""
     attention: dict[int, CapturedAttention]
     """What all of this was computed from, for pictures."""
 
@@ -139,6 +144,7 @@ class Diagnosis:
             "tokens_by_kind": self.tokens_by_kind,
             **{name: [asdict(one) for one in found] for name, found in lists.items()},
             "recommendation": asdict(self.recommendation),
+            "sensitivity": self.sensitivity,
             "environment": environment(),
         }
 
@@ -178,6 +184,11 @@ def diagnose(
     }
     shape = first.keys.shape[-1], first.keys.shape[1], first.values.shape[-1]
     presets = measure(model, inputs, continuation, shape, errors)
+    sensitivity: dict[int, float] = {}
+    if continuation is not None and inputs.keys() <= {"input_ids", "attention_mask"}:
+        text = torch.cat([ids, continuation.to(ids.device)], 1)
+        found = layer_sensitivity(model, text, method("compact:recent_tokens=0"))
+        sensitivity = dict(zip(full_layers(model.config), found))
     return Diagnosis(
         model=name or model.config.model_type,
         kinds=kinds,
@@ -185,6 +196,7 @@ def diagnose(
         steps=_mean_steps([layer.steps for layer in measured]),
         presets=presets,
         recommendation=recommend(presets),
+        sensitivity=sensitivity,
         attention=layers,
     )
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from oscar_kv.evaluation.diagnose import LARGE, LOW, Channels, Diagnosis, Head
 
 _SHOWN_POSITIONS = 8
+_SENSITIVE_LAYERS = 3
 
 
 class Table(NamedTuple):
@@ -40,6 +41,7 @@ def findings(diagnosis: Diagnosis) -> list[str]:
         _shared(heads, "large-norm", f"over {LARGE:g}", lambda head: head.norms.large),
         *_kinds(heads),
         *_steps(diagnosis, heads),
+        *_sensitive(diagnosis),
     ]
 
 
@@ -68,6 +70,21 @@ def tables(diagnosis: Diagnosis) -> list[Table]:
                 for s in diagnosis.steps
             ],
         ),
+    ]
+
+
+def _sensitive(diagnosis: Diagnosis) -> list[str]:
+    """Which layers would gain most by more bits."""
+    losses = sorted(diagnosis.sensitivity.items(), key=lambda one: -one[1])[:_SENSITIVE_LAYERS]
+    total = sum(diagnosis.sensitivity.values())
+    if not total:
+        return []
+    shares = ", ".join(f"{index} ({loss / total:.0%})" for index, loss in losses)
+    first = losses[0][0]
+    return [
+        f"Of what all {len(diagnosis.sensitivity)} layers cost when they are packed one at a time, "
+        f"{total:.4f} nats of divergence, most is due to layers {shares}. More precise keys there "
+        f"help most: OscarCache(model.config, layers={{{first}: OscarConfig.high()}})."
     ]
 
 

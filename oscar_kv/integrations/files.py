@@ -58,7 +58,8 @@ def load_cache(
     staging = Staging(device) if offloading else None
     packed, extra, about = load_packed(path, device, staging)
     config = next(iter(packed.values())).config
-    cache = OscarCache(model_config, config, offloading=offloading)
+    others = {int(i): one.config for i, one in packed.items() if one.config != config}
+    cache = OscarCache(model_config, config, layers=others, offloading=offloading)
     if cache.staging is not None and staging is not None:
         cache.staging[staging.device] = staging
     made_for = about.get("made_for", {})

@@ -10,6 +10,7 @@ with ``attn_implementation="oscar"`` the model attends straight from the packed 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -185,6 +186,8 @@ class OscarCache(Cache):
     Args:
         model_config: ``model.config``.
         config: ``OscarConfig.compact()`` if omitted.
+        layers: another config for some of the model's layers, by index: those that a model needs
+            most precisely (``oscar-kv diagnose`` names them). With the same full-precision tokens.
         max_tokens: makes room for sequences of this length up front; memory grows as needed if
             omitted.
         offloading: keep pages in CPU memory; those of a layer come to its device while the layer
@@ -201,6 +204,7 @@ class OscarCache(Cache):
         model_config: PreTrainedConfig,
         config: OscarConfig | None = None,
         *,
+        layers: Mapping[int, OscarConfig] | None = None,
         max_tokens: int | None = None,
         offloading: bool = False,
     ) -> None:
@@ -209,8 +213,13 @@ class OscarCache(Cache):
                 f"model_config is a {type(model_config).__name__}: expected model.config"
             )
         self.config = OscarConfig() if config is None else config
-        if not isinstance(self.config, OscarConfig):
-            raise TypeError(f"config is a {type(config).__name__}: expected an OscarConfig")
+        others = dict(layers or {})
+        for one in (self.config, *others.values()):
+            if not isinstance(one, OscarConfig):
+                raise TypeError(f"config is a {type(one).__name__}: expected an OscarConfig")
+            for name in ("sink_tokens", "recent_tokens"):
+                if (own := getattr(one, name)) != (usual := getattr(self.config, name)):
+                    raise ValueError(f"layers: {name}={own}, expected {usual} as in other layers")
         if getattr(model_config, "dtype", None) == torch.float64:
             raise TypeError("the model is float64: expected float16, bfloat16 or float32")
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
@@ -219,15 +228,18 @@ class OscarCache(Cache):
         self.made_for = identity(model_config)
         """Fields of the model's config by which a file tells whose cache it holds."""
         self.staging = StagingByDevice() if offloading else None
-        layers: list[Any] = []
-        for layer, layer_config in cache_layers(model_config):
+        made: list[Any] = []
+        for index, (layer, layer_config) in enumerate(cache_layers(model_config)):
             if not is_quantized(layer):
-                layers.append(layer)
+                made.append(layer)
                 continue
+            own = others.pop(index, self.config)
             if head_dim := head_dim_of(layer_config):
-                PageLayout(self.config, head_dim, 1)  # raises for a size without a layout
-            layers.append(OscarLayer(self.config, max_tokens, self.staging))
-        super().__init__(layers=layers)  # whose offloading moves whole layers, both ways each time
+                PageLayout(own, head_dim, 1)  # raises for a size without a layout
+            made.append(OscarLayer(own, max_tokens, self.staging))
+        if others:
+            raise ValueError(f"layers={sorted(others)}: no full-attention layers of this model")
+        super().__init__(layers=made)  # whose offloading moves whole layers, both ways each time
         self.offloading = offloading
         self._torn = False
         self._latest: tuple[int, int] | None = None
