@@ -11,7 +11,8 @@ READY := $(VENV)/.ready
 export GOMP_SPINCOUNT ?= 3000
 
 # Without what it lists as requirements: torchvision, for one, that fits a CPU build of PyTorch.
-LMMS_EVAL := lmms-eval==0.7.3 decord loguru tenacity
+# It imports a private module that filelock 4 no longer has.
+LMMS_EVAL := lmms-eval==0.7.3 decord loguru tenacity "filelock<4"
 
 # The oldest Transformers that pyproject.toml accepts.
 OLDEST_TRANSFORMERS := 5.17.0
