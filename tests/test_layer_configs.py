@@ -25,7 +25,7 @@ def test_each_layer_stores_what_a_cache_of_its_config_does(offloading: bool) -> 
         for layer, (keys, values) in enumerate(states):
             cache.update(keys, values, layer)
     for layer, one in enumerate(alike):
-        found, expected = (cache.layers[layer].packed for cache in (mixed, one))
+        found, expected = (cache.packed_layers()[layer] for cache in (mixed, one))
         assert found.config == one.config
         assert _stored(found) == _stored(expected)
         for a, b in zip(found.dense(), expected.dense()):
@@ -46,7 +46,7 @@ def test_packed_attention_agrees_with_dequantized_states() -> None:
         model(tokens(2, 300), past_key_values=cache)
         model(tokens(2, 150, seed=1), past_key_values=cache)
         cache.crop(-30)
-        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.reorder_cache(torch.LongTensor([1, 0]))
         logits.append(model(tokens(2, 5, seed=2), past_key_values=cache).logits)
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
@@ -58,7 +58,7 @@ def test_a_file_keeps_them(tmp_path: Path) -> None:
     model(tokens(1, 400), past_key_values=cache)
     save_cache(cache, tmp_path / "cache.safetensors")
     loaded = load_cache(tmp_path / "cache.safetensors", model.config)
-    assert [layer.config for layer in loaded.layers] == [COMPACT, HIGH]
+    assert [packed.config for packed in loaded.packed_layers()] == [COMPACT, HIGH]
     new = tokens(1, 9, seed=1)
     found, expected = (model(new, past_key_values=one).logits for one in (loaded, cache))
     assert torch.equal(found, expected)
