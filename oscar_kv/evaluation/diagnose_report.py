@@ -14,6 +14,8 @@ from oscar_kv.evaluation.diagnose import LARGE, LOW, Channels, Diagnosis, Head
 
 _SHOWN_POSITIONS = 8
 _SENSITIVE_LAYERS = 3
+_NEGLIGIBLE = 1e-3
+"""Nats."""
 
 
 class Table(NamedTuple):
@@ -77,7 +79,7 @@ def _sensitive(diagnosis: Diagnosis) -> list[str]:
     """Which layers would gain most by more bits."""
     losses = sorted(diagnosis.sensitivity.items(), key=lambda one: -one[1])[:_SENSITIVE_LAYERS]
     total = sum(diagnosis.sensitivity.values())
-    if not total:
+    if sum(loss for _, loss in losses) <= total / 2 or total < _NEGLIGIBLE:
         return []
     shares = ", ".join(f"{index} ({loss / total:.0%})" for index, loss in losses)
     first = losses[0][0]

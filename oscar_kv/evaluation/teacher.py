@@ -31,7 +31,8 @@ def fill(cache: Cache, prompt: DynamicCache) -> Cache:
     layers: list[Any] = prompt.layers
     for index, layer in enumerate(layers):
         if is_quantized(layer):
-            cache.update(layer.keys, layer.values, index)
+            if layer.keys is not None:  # else cross-attention to pictures that are not there
+                cache.update(layer.keys, layer.values, index)
         else:
             cache.layers[index] = copy.deepcopy(layer)
     return cache

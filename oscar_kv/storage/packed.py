@@ -190,7 +190,7 @@ class PackedKV(PackedStates):
         Pages that remain whole stay as they are. A page that is cut is dequantized and its
         remaining tokens return to the tail, from where they are quantized again once their page
         is complete: the one exception to "each token is quantized once". Taking back just the
-        latest append is exact, whatever it has packed.
+        latest append is exact, whatever it has packed, until :meth:`reserve`.
 
         Raises:
             ValueError: if a sequence has fewer tokens.
