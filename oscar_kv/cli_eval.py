@@ -41,8 +41,9 @@ def evaluate(
 
     from oscar_kv.demo import MODEL
     from oscar_kv.evaluation import runner
+    from oscar_kv.evaluation.cache import full_layers
     from oscar_kv.evaluation.subject import Subject, rows_of_array, rows_of_text
-    from oscar_kv.evaluation.suites import SUITES
+    from oscar_kv.evaluation.suites import SUITES, for_model
     from oscar_kv.evaluation.tasks import TASKS
     from oscar_kv.evaluation.tasks import task as task_called
     from oscar_kv.generation import quiet
@@ -51,7 +52,7 @@ def evaluate(
     if suite not in SUITES:
         raise ValueError(f"suite {suite!r}: expected one of {tuple(SUITES)}")
     tasks = [task_called(name) for name in task or TASKS]
-    names = list(dict.fromkeys(method or SUITES[suite]))
+    names = list(dict.fromkeys(method or ()))
     if model is None and tokens is None and text is None:
         model, tokens = str(MODEL), f"{MODEL / 'heldout.npz'}:text"
     if model is None or (tokens is None) == (text is None):
@@ -64,6 +65,7 @@ def evaluate(
         else:
             rows = rows_of_array(str(tokens))
         subject = Subject(model, rows, dtype=dtype, device=device)
+    names = names or for_model(SUITES[suite], len(full_layers(subject.model.config)))
     plans = runner.plan(subject, tasks, names, seed, done)
     written = 0
     with progress_display() as progress:

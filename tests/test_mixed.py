@@ -18,6 +18,7 @@ from oscar_kv.evaluation.methods import FP8, METHODS, Ablation, Method, method
 from oscar_kv.evaluation.mixed import Mixed
 from oscar_kv.evaluation.sensitivity import layer_sensitivity
 from oscar_kv.evaluation.subject import Subject, rows_of_array
+from oscar_kv.evaluation.suites import SUITES, for_model
 from oscar_kv.evaluation.tasks import task
 from oscar_kv.evaluation.teacher import fill, forced, kl_divergence, read_prompt
 
@@ -91,6 +92,17 @@ def test_sensitivity_is_the_divergence_with_one_layer_quantized(subject: Subject
     assert found[3] == pytest.approx(float(kl_divergence(*logits).mean()), rel=1e-4)
     exact = MethodCache(config, [None])
     assert not any(isinstance(layer, MethodLayer) for layer in exact.layers)
+
+
+def test_a_suite_leaves_out_what_a_model_cannot_have() -> None:
+    for suite in ("peers", "ablation"):
+        assert for_model(SUITES[suite], 8) == list(SUITES[suite])
+        few = for_model(SUITES[suite], 1)
+        assert "mixed:layers=[0,1]" not in few
+        assert [name for name in SUITES[suite] if not name.startswith("mixed")] == [
+            name for name in few if not name.startswith("mixed")
+        ]
+    assert "mixed:layers=1" in for_model(SUITES["ablation"], 1)
 
 
 def test_rows_say_which_layers_were_chosen(subject: Subject) -> None:

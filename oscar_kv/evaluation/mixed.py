@@ -72,6 +72,12 @@ class Mixed:
             "better": better,
         }
 
+    def fits(self, count: int) -> bool:
+        """Whether a model with ``count`` full-attention layers has those that are asked for."""
+        if isinstance(self.layers, tuple):
+            return set(self.layers) <= set(range(count))
+        return 0 <= self.layers <= count
+
     def choose(
         self, count: int, sensitivity: Callable[[Method], Sequence[float]]
     ) -> tuple[int, ...]:
@@ -86,7 +92,7 @@ class Mixed:
         """
         wanted = self.layers
         every = set(range(count))
-        if not (set(wanted) <= every if isinstance(wanted, tuple) else 0 <= wanted <= count):
+        if not self.fits(count):
             raise ValueError(f"layers={wanted}: the model has {count} full-attention layers")
         if isinstance(wanted, tuple):
             return tuple(sorted(wanted))
