@@ -25,7 +25,7 @@ def _weighted_sum(
     return output
 
 
-@triton.jit(do_not_specialize=["parts", "page_splits"])
+@triton.jit(do_not_specialize=["parts", "page_splits", "num_queries"])
 def combine_parts(
     sums,
     maxima,

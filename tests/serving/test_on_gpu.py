@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,31 @@ def test_answers_as_transformers_does_on_the_cpu(options: dict[str, Any], tmp_pa
     rounding = behind(path, prompts, [bfloat16_answer(path, tokens, 40) for tokens in prompts])
     assert found.max() < 2 * rounding.max()
     assert found.mean() < 2 * rounding.mean()
+
+
+def test_steps_wait_for_no_compiler(tmp_path: Path) -> None:
+    """Whatever number of tokens steps compute, and however long requests are."""
+    path = save_model("qwen3", tmp_path)
+    chunks = (1, 3, 10, 20, 50, 100)
+    prompts = [prompt(n, length + n) for length in (0, 200, 1600) for n in chunks]
+    options = {"max_model_len": 2048, "kv_cache_memory_bytes": 256 << 20}
+    with engine(path, dtype="bfloat16", **options) as llm:
+        started = versions()
+        for one in prompts:
+            answers(llm, [one], 3)
+        answers(llm, prompts, 140)
+        assert versions() == started
+    assert started["extend_kernel"] > 0
+
+
+def versions() -> dict[str, int]:
+    """How many versions Triton has of every kernel."""
+    return {
+        name: sum(len(on_device[0]) for on_device in kernel.device_caches.values())
+        for module in [m for m in sys.modules if m.startswith("oscar_kv")]
+        for name, kernel in vars(sys.modules[module]).items()
+        if hasattr(kernel, "device_caches")
+    }
 
 
 def behind(path: Path, prompts: list[list[int]], found: list[list[int]]) -> torch.Tensor:

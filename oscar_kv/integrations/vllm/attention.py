@@ -200,24 +200,24 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         return output
 
     def _rehearse(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-        """The largest steps there may be, in pools of their own: one prompt, and for every number
-        of query slots as many requests as there may be that need it. vLLM measures what these
-        take before it gives the rest to the cache, and kernels are compiled before they are
-        waited for.
+        """The largest steps there may be, and small ones, in pools of their own.
+
+        vLLM measures what these take before it gives the rest to the cache; and afterwards every
+        kernel that any step needs is compiled: for every number of query slots, with as many
+        requests as there may be, and with one, whose work is divided by how long it is.
         """
         spec, device, tokens = self.recent.spec, query.device, len(query)
         heads, blocks = self.num_kv_heads, spec.blocks_per_request
-        pages = torch.arange(1 + tokens // PAGE_TOKENS, dtype=torch.int32, device=device)
-        pool = torch.zeros(
-            (len(pages), heads, self.layout.page_bytes), dtype=torch.uint8, device=device
-        )
+        count = 1 + tokens // PAGE_TOKENS
+        pool = torch.zeros((count, heads, self.layout.page_bytes), dtype=torch.uint8, device=device)
         shape = (1 + blocks, heads, spec.block_size, 2 * self.head_size)
         recent = torch.zeros(shape, dtype=key.dtype, device=device)
         ring_blocks = torch.arange(1, 1 + blocks, dtype=torch.int32, device=device)
-        shortest = [1, *(1 + slots for slots in QUERY_SLOTS[:-1])]
-        many = [(min(tokens // length, self.most_requests), length) for length in shortest]
-        for requests, length in ((1, tokens), *((r, length) for r, length in many if r)):
-            groups = group_rows([length] * requests, len(pages), device)
+        width = max(count, self.most_pages)
+        pages = torch.arange(width, dtype=torch.int32, device=device) % count
+
+        def step(requests: int, length: int, most_pages: int) -> None:
+            groups = group_rows([length] * requests, width, device)
             begins = length * torch.arange(requests + 1, dtype=torch.int32, device=device)
             for rows in groups:
                 row_operations(self.layout, device).locate(
@@ -233,7 +233,15 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
                 groups,
                 output[:count],
                 layout=self.layout,
-                most_pages=self.most_pages,
+                most_pages=most_pages,
                 scaling=self.scale,
                 softcap=self.softcap,
             )
+
+        step(1, tokens, self.most_pages)
+        lengths = [0, *(1 << n for n in range(self.most_pages.bit_length()))]
+        for length in (1, *(1 + slots for slots in QUERY_SLOTS[:-1])):
+            if length <= tokens:
+                step(min(tokens // length, self.most_requests), length, self.most_pages)
+                for most_pages in lengths:
+                    step(1, length, most_pages)

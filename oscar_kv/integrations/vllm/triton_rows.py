@@ -76,7 +76,7 @@ def open_rows(
             queries,
             tail_keys,
             tail_values,
-            num_queries=num_queries,
+            num_queries,
             group=group,
             head_dim=head_dim,
             value_dim=value_dim,
@@ -102,7 +102,7 @@ def close_rows(rows: Rows, result: Tensor, output: Tensor) -> None:
         output,
         output.stride(0),
         output.stride(1),
-        num_queries=num_queries,
+        num_queries,
         num_heads=num_heads,
         value_dim=value_dim,
         padded_value_dim=triton.next_power_of_2(value_dim),
@@ -157,7 +157,7 @@ def _locate_kernel(
         tl.store(row_table + entry, tl.load(table + entry, mask=entry < pages), mask=entry < pages)
 
 
-@triton.jit(do_not_specialize=["ring_table_stride"])
+@triton.jit(do_not_specialize=["ring_table_stride", "num_queries"])
 def _open_kernel(
     requests,
     page_counts,
@@ -183,7 +183,7 @@ def _open_kernel(
     queries,
     tail_keys,
     tail_values,
-    num_queries: tl.constexpr,
+    num_queries,
     group: tl.constexpr,
     head_dim: tl.constexpr,
     value_dim: tl.constexpr,
@@ -313,7 +313,7 @@ def _open_slots(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def _close_kernel(
     tail_lengths,
     old_lengths,
@@ -322,7 +322,7 @@ def _close_kernel(
     output,
     output_stride_t,
     output_stride_h,
-    num_queries: tl.constexpr,
+    num_queries,
     num_heads: tl.constexpr,
     value_dim: tl.constexpr,
     padded_value_dim: tl.constexpr,
