@@ -6,11 +6,13 @@ import base64
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
+import tiny_inputs
 import torch
 from support import tiny_model
 from torch import Tensor
@@ -232,6 +234,41 @@ def test_report(demo: Diagnosis, tmp_path: Path) -> None:
         write(demo, tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [0.25] * 8,  # of what is spread three layers have less than half
+        [0.25] * 6,  # exactly half
+        [0.0009] + [0.0] * 7,  # all in one layer, and next to nothing
+        [],  # not measured
+    ],
+)
+def test_no_layer_is_named_without_need(demo: Diagnosis, losses: list[float]) -> None:
+    found = findings(replace(demo, sensitivity=dict(enumerate(losses))))
+    assert found == findings(demo)[:-1]
+
+
+def test_the_layers_that_have_most_of_the_loss_are_named(demo: Diagnosis) -> None:
+    losses = {0: 0.004, 1: 0.001, 3: 0.004, 5: 0.002, 6: 0.028, 7: 0.001}
+    said = findings(replace(demo, sensitivity=losses))[-1]
+    assert "all 6 layers" in said
+    assert "0.0400 nats" in said
+    assert "layers 6 (70%), 0 (10%), 3 (10%)." in said
+    assert "layers={6: OscarConfig.high()}" in said
+
+
+def test_layers_that_read_pictures_where_there_are_none() -> None:
+    """Mllama's cross-attention layers: nothing is cached in them, and nothing measured."""
+    model = tiny_model("MllamaForConditionalGeneration", text_config={"num_hidden_layers": 3})
+    ids = tiny_inputs.text(320, batch=1)
+    found = diagnose(model, {"input_ids": ids[:, :300]}, ids[:, 300:])
+    assert model.config.text_config.cross_attention_layers == [1]
+    assert [layer.index for layer in found.layers] == list(found.sensitivity) == [0, 2]
+    assert all(loss > 0 for loss in found.sensitivity.values())
+    assert found.presets[0].tokens == 20
+    assert found.presets[0].kl > 0
+
+
 @pytest.mark.parametrize("family", ["LLaVA", "Gemma 3", "Qwen2.5-VL", "Qwen2-Audio"])
 def test_images_and_sounds(family: str, tmp_path: Path) -> None:
     checkpoint = checkpoints.BUILDERS[family]()
@@ -251,6 +288,7 @@ def test_images_and_sounds(family: str, tmp_path: Path) -> None:
     assert any(f"Keys of {kind} tokens have" in one for one in findings(found))
     assert all(0 < one.both < 2 for one in found.steps)
     assert 0 < found.presets[0].tokens <= 64
+    assert not found.sensitivity
     write(found, tmp_path)
 
 

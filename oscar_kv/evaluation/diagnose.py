@@ -123,7 +123,8 @@ class Diagnosis:
     recommendation: Recommendation
     sensitivity: dict[int, float]
     """By index of the layer, what packing it alone does to the logits: KL divergence from the
-    full-precision cache's, nats. Empty for inputs that are not all text."""
+    full-precision cache's, nats. Empty without a continuation, or where the model gets more than
+    ids and their mask."""
     attention: dict[int, CapturedAttention]
     """What all of this was computed from, for pictures."""
 
