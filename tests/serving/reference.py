@@ -39,6 +39,7 @@ _SIZES = {
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(head_dim=64, **_SIZES),
     "qwen3": Qwen3Config(head_dim=128, **_SIZES),
+    "shallow": LlamaConfig(head_dim=64, **{**_SIZES, "num_hidden_layers": 1}),
     "mistral": MistralConfig(head_dim=32, sliding_window=None, **_SIZES),
     "sliding": MistralConfig(head_dim=32, sliding_window=64, **_SIZES),
 }

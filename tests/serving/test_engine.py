@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,11 +118,23 @@ def test_families_and_presets(
     assert_greedy(path, prompts, found, config)
 
 
-def test_tensor_parallelism(llama: Path) -> None:
-    """Two processes with one KV head each."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_parallel_size": 2},
+        # Without a warm-up the CPU engine has no room for what stages send each other.
+        {
+            "pipeline_parallel_size": 2,
+            "enforce_eager": False,
+            "compilation_config": {"mode": 2, "backend": "eager", "custom_ops": ["all"]},
+        },
+    ],
+    ids=["tensors", "pipeline"],
+)
+def test_two_processes(options: dict[str, Any], llama: Path) -> None:
+    """With one KV head of every layer each, or with one layer each."""
     prompts = [prompt(length, length) for length in (20, 150, 390)]
-    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with engine(llama, **options) as llm:
+    with engine(llama, distributed_executor_backend="mp", **options) as llm:
         found = answers(llm, prompts, 60)
     assert_greedy(llama, prompts, found)
 

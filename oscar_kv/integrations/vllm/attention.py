@@ -25,8 +25,11 @@ from oscar_kv.integrations.vllm.step import attend_step, has_kernels, row_operat
 from oscar_kv.storage.layout import PageLayout
 
 _DRAFTS = ("ngram", "ngram_gpu", "suffix")
-"""Ways to speculate without a KV cache for drafts. vLLM's first model runner takes a draft model's
-layers to have one cache each, where ours have two; its second one has not been tried."""
+"""Ways to speculate without a KV cache for drafts."""
+
+_DRAFTS_WITH_LAYERS = ("draft_model", "eagle", "eagle3")
+"""Those with one. vLLM's first model runner takes a draft's layers to have one cache each, where
+ours have two."""
 
 _SERVED = PageLayout(OscarConfig.compact(), 128, 8)
 """Pages like any other: a device has kernels for all that vLLM may ask the backend for, or none."""
@@ -118,6 +121,7 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
         parallel = vllm_config.parallel_config
         drafts = getattr(vllm_config.speculative_config, "method", None)
+        served = _DRAFTS + _DRAFTS_WITH_LAYERS * vllm_config.use_v2_model_runner
         refused = {
             "sliding-window layers": sliding_window is not None,
             "ALiBi": alibi_slopes is not None,
@@ -126,7 +130,7 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
             "--kv-cache-dtype-skip-layers": bool(skipped),
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
             "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
-            f"drafts by {drafts}, only {', '.join(_DRAFTS)}": drafts not in (None, *_DRAFTS),
+            f"drafts by {drafts}, only {', '.join(served)}": drafts not in (None, *served),
             "KV connectors": vllm_config.kv_transfer_config is not None,
             f"--kv-cache-dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", KV_CACHE_DTYPE),
             **{name: value is not None for name, value in others.items()},
