@@ -11,7 +11,8 @@ norms. So for ``llama`` a term of the loss asks for these in the second half of 
 ``--first-token 0`` leaves out; ``sinks`` in ``training.json`` says what came of it.
 
 They read the code and documentation that the Python installation holds. The folder gets the model,
-its tokenizer, ``heldout.npz`` (text of packages never trained on) and ``training.json``.
+its tokenizer, ``heldout.npz`` (text of packages never trained on), a window of that to read,
+``heldout.txt``, and ``training.json``.
 """
 
 from __future__ import annotations
@@ -160,6 +161,7 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, WINDOW, output)
     np.savez_compressed(output / "heldout.npz", allow_pickle=False, **held_out)
+    (output / "heldout.txt").write_text(tokenizer.decode(held_out["text"][0].tolist()))
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the window workers are forked
     model = build_model(kind, seed)
