@@ -82,11 +82,12 @@ def test_two_presets_are_what_the_real_cache_stores(subject: Subject) -> None:
     mixed: Any = contender(name, config, tuple, unknown).make_cache()
     high = OscarConfig.high()
     real = OscarCache(config, OscarConfig.compact(), layers={0: high, 5: high})
+    exact: list[Any] = prompt.layers
     for begin, end in [(0, 300), *((token, token + 1) for token in range(300, 400))]:
-        for index, layer in enumerate(prompt.layers):
-            new = [states[:, :, begin:end] for states in (layer.keys, layer.values)]
+        for index, layer in enumerate(exact):
+            keys, values = layer.keys[:, :, begin:end], layer.values[:, :, begin:end]
             for cache in (mixed, real):
-                cache.update(*new, index)
+                cache.update(keys, values, index)
     for layer, packed in zip(mixed.layers, real.packed_layers(), strict=True):
         assert layer.quantized == 256
         for found, expected in zip((layer.keys, layer.values), packed.dense(), strict=True):
