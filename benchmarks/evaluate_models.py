@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +24,10 @@ import typer
 
 from benchmarks.record import RESULTS
 from oscar_kv.evaluation import runner
-from oscar_kv.evaluation.suites import SUITES
+from oscar_kv.evaluation.cache import full_layers
+from oscar_kv.evaluation.subject import Subject, rows_of_array
+from oscar_kv.evaluation.suites import SUITES, for_model
+from oscar_kv.evaluation.tasks import task
 
 PERPLEXITY = "perplexity:windows=12,length=4096,prefix=2048,batch=12"
 RECALL = "recall:lengths=[1024,2048,3584],trials=3"
@@ -40,6 +42,12 @@ TASKS = {
     "same-window": (PERPLEXITY, RECALL),
     "ablation": (PERPLEXITY, RECALL),
 }
+DTYPE, SEED = "float32", 0
+
+
+def text_of(model: Path) -> str:
+    """What a model is tried on."""
+    return f"{model / 'heldout.npz'}:text"
 
 
 def command(model: Path, method: str, tasks: tuple[str, ...], device: str, out: Path) -> list[str]:
@@ -47,14 +55,27 @@ def command(model: Path, method: str, tasks: tuple[str, ...], device: str, out: 
     asked = [option for task in tasks for option in ("--task", task)]
     return [
         *(sys.executable, "-m", "oscar_kv.cli", "eval", "--model", str(model)),
-        *("--tokens", f"{model / 'heldout.npz'}:text", "--dtype", "float32", "--device", device),
+        *("--tokens", text_of(model), "--dtype", DTYPE, "--seed", str(SEED), "--device", device),
         *("--method", method, "--out", str(out), *asked),
     ]
 
 
-def finished(rows: Path) -> Counter[str]:
-    """How many tasks of every method have a row."""
-    return Counter(row["method"]["name"] for row in runner.read_rows(rows))
+def result(out: Path, model: Path, suite: str) -> Path:
+    """The file of a model and suite."""
+    return out / f"{model.name}_{suite}.jsonl".replace("-", "_")
+
+
+def unfinished(model: Path, device: str, out: Path) -> set[tuple[str, str]]:
+    """Suites and methods that the model can have, and not yet a row of every task."""
+    subject = Subject(model, rows_of_array(text_of(model)), dtype=DTYPE, device=device)
+    layers = len(full_layers(subject.model.config))
+    left: set[tuple[str, str]] = set()
+    for suite, names in SUITES.items():
+        done = {row["key"] for row in runner.read_rows(result(out, model, suite))}
+        tasks = [task(name) for name in TASKS[suite]]
+        plans = runner.plan(subject, tasks, for_model(names, layers), SEED, done)
+        left.update((suite, name) for one in plans for name in one.names)
+    return left
 
 
 def collect(parts: list[Path], into: Path) -> int:
@@ -77,22 +98,19 @@ def main(
     deadline = time.monotonic() + 60 * minutes
     gpus = torch.cuda.device_count()
     devices = [f"cuda:{number}" for number in range(gpus)] or ["cpu"]
-
-    def result(model: Path, suite: str) -> Path:
-        return out / f"{model.name}_{suite}.jsonl".replace("-", "_")
-
+    missing = {model: unfinished(model, devices[0], out) for model in models}
     waiting = [
         (model, suite, method)
         for suite, methods in SUITES.items()
         for method, model in itertools.product(methods, models)
-        if finished(result(model, suite))[method] < len(TASKS[suite])
+        if (suite, method) in missing[model]
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if gpus else dict(os.environ)
 
     def run(number: int, part: Path) -> bool:
         """Whether there was nothing wrong, though it may not have finished."""
         model, suite, method = waiting[number]
-        done = result(model, suite)
+        done = result(out, model, suite)
         part.write_bytes(done.read_bytes() if done.exists() else b"")
         asked = command(model, method, TASKS[suite], devices[number % len(devices)], part)
         left = deadline - time.monotonic()
@@ -107,7 +125,7 @@ def main(
             fine = list(pool.map(run, range(len(waiting)), parts))
         of_result: dict[Path, list[Path]] = {}
         for (model, suite, _), part in zip(waiting, parts):
-            of_result.setdefault(result(model, suite), []).append(part)
+            of_result.setdefault(result(out, model, suite), []).append(part)
         for done, files in of_result.items():
             print(f"{done}: {collect(files, done)} new results")
     if not all(fine):

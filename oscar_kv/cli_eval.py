@@ -52,7 +52,6 @@ def evaluate(
     if suite not in SUITES:
         raise ValueError(f"suite {suite!r}: expected one of {tuple(SUITES)}")
     tasks = [task_called(name) for name in task or TASKS]
-    names = list(dict.fromkeys(method or ()))
     if model is None and tokens is None and text is None:
         model, tokens = str(MODEL), f"{MODEL / 'heldout.npz'}:text"
     if model is None or (tokens is None) == (text is None):
@@ -65,7 +64,8 @@ def evaluate(
         else:
             rows = rows_of_array(str(tokens))
         subject = Subject(model, rows, dtype=dtype, device=device)
-    names = names or for_model(SUITES[suite], len(full_layers(subject.model.config)))
+    layers = len(full_layers(subject.model.config))
+    names = list(dict.fromkeys(method or for_model(SUITES[suite], layers)))
     plans = runner.plan(subject, tasks, names, seed, done)
     written = 0
     with progress_display() as progress:

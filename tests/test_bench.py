@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 
 from benchmarks import record
 from benchmarks.gpu import (
     baselines,
     kernel,
+    model,
     oracle,
     plots,
     prefill,
@@ -107,6 +110,16 @@ def test_it_runs_the_benchmark_in_the_checkout(monkeypatch: pytest.MonkeyPatch) 
         cli.main(["bench", "prefill", "--quick", "--json"])
     assert ran == [(["-m", "benchmarks.gpu.prefill", "--quick", "--json"], True)]
     assert stop.value.code == 3
+
+
+def test_a_part_of_the_model_benchmark() -> None:
+    assert model.chosen(quick=False, only="throughput 4K") == {
+        "throughput 4K": ("throughput", 4096)
+    }
+    cases = ["latency 1K", "latency 32K", "latency 128K", "throughput 32K"]
+    assert list(model.chosen(quick=True, only="")) == cases
+    with pytest.raises(typer.BadParameter, match=re.escape(f"expected one of {cases}")):
+        model.chosen(quick=True, only="throughput 4K")
 
 
 # -- refusals -------------------------------------------------------------------------------

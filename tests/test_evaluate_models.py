@@ -28,9 +28,14 @@ def test_goes_on_where_it_stopped(
         return command(model, method, *rest)
 
     monkeypatch.setattr(evaluate_models, "command", noting)
-    monkeypatch.setattr(evaluate_models, "SUITES", {"peers": ("full", "compact", "int4")})
+    more = ("full", "compact", "int4", "mixed:layers=[8]")  # the last is not in the model
+    monkeypatch.setattr(evaluate_models, "SUITES", {"peers": more})
     evaluate_models.main([MODEL], minutes=5, processes=2, out=tmp_path)
     assert begun == ["int4"]
     file = tmp_path / f"{MODEL.name}_peers.jsonl"
     assert [row["method"]["name"] for row in runner.read_rows(file)] == ["full", "compact", "int4"]
     assert capsys.readouterr().out == f"{file}: 2 new results\n{file}: 1 new results\n"
+    # another setting is another result
+    monkeypatch.setattr(evaluate_models, "TASKS", {"peers": ("attention:windows=1,length=256",)})
+    left = {("peers", name) for name in ("full", "compact", "int4")}
+    assert evaluate_models.unfinished(MODEL, "cpu", tmp_path) == left

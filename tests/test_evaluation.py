@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from oscar_kv.cli import main
 from oscar_kv.core.attention import attention
 from oscar_kv.demo import MODEL
-from oscar_kv.evaluation import report, runner
+from oscar_kv.evaluation import plots, report, runner
 from oscar_kv.evaluation.cache import Contender, contender, describe
 from oscar_kv.evaluation.capture import capture
 from oscar_kv.evaluation.methods import method, view
@@ -303,6 +304,16 @@ def test_the_front_in_numbers() -> None:
     rows = [_row("a", 2, 0.3), _row("b", 3, 0.1), _row("c", 3, 0.2), _row("d", 4, 0.1)]
     table = report.Table({}, {"name": "perplexity"}, rows)
     assert table.front() == {"a", "b"}
+
+
+def test_ours_are_red() -> None:
+    names = ["kivi", "mixed:base=kivi", "compact", "compact@cache", "ablation", "mixed"]
+    rows = [{**_row(name, 2, 0.1), "method": {"name": name, **describe(name)}} for name in names]
+    figure = plots.pareto(report.Table({"name": "tiny"}, {"name": "perplexity"}, rows))
+    collections: list[Any] = list(figure.axes[0].collections)
+    colours = [to_hex(points.get_facecolor()[0]) for points in collections]
+    blue, red = to_hex("tab:blue"), to_hex("tab:red")
+    assert colours == [blue, blue, red, red, red, red]
 
 
 def test_bits_of_a_longer_context() -> None:

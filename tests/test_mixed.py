@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from oscar_kv import OscarCache, OscarConfig
 from oscar_kv.demo import MODEL
 from oscar_kv.evaluation import runner
 from oscar_kv.evaluation.cache import MethodCache, MethodLayer, bits_of, contender, describe
@@ -72,6 +73,28 @@ def test_bits_are_those_of_both(subject: Subject) -> None:
     assert bits_of(cache).all == pytest.approx((250 * quantized + 100 * 16) / 350)
 
 
+def test_two_presets_are_what_the_real_cache_stores(subject: Subject) -> None:
+    """The same states, the last hundred one by one, are read back the same, bit for bit."""
+    config = subject.model.config
+    prompt = DynamicCache(config=config)
+    read_prompt(subject.model, subject.rows[:1, :400], prompt)
+    name = "mixed:base=compact,better=high,layers=[0,5]"
+    mixed: Any = contender(name, config, tuple, unknown).make_cache()
+    high = OscarConfig.high()
+    real = OscarCache(config, OscarConfig.compact(), layers={0: high, 5: high})
+    exact: list[Any] = prompt.layers
+    for begin, end in [(0, 300), *((token, token + 1) for token in range(300, 400))]:
+        for index, layer in enumerate(exact):
+            keys, values = layer.keys[:, :, begin:end], layer.values[:, :, begin:end]
+            for cache in (mixed, real):
+                cache.update(keys, values, index)
+    for layer, packed in zip(mixed.layers, real.packed_layers(), strict=True):
+        assert layer.quantized == 256
+        for found, expected in zip((layer.keys, layer.values), packed.dense(), strict=True):
+            assert torch.equal(found, expected)
+    assert bits_of(mixed) == pytest.approx(bits_of(real))
+
+
 def test_sensitivity_is_the_divergence_with_one_layer_quantized(subject: Subject) -> None:
     model, tokens = subject.model, subject.rows[:2, :300]
     config = model.config
@@ -120,6 +143,13 @@ def test_mistakes() -> None:
     for name, message in {
         "mixed:base=nobody": "expected one of",
         "mixed:better=oscar-eigen": "expected methods without calibration",
+        "mixed:base=2": "base=2: expected the name of a method",
+        "mixed:better=[1]": r"better=\(1,\): expected the name of a method",
+        "mixed:layers=many": "layers='many': expected how many, or which",
+        "mixed:layers=1.5": "layers=1.5: expected how many, or which",
+        "mixed:layers=true": "layers=True: expected how many, or which",
+        "mixed:layers=[0,x]": "expected how many, or which",
+        "mixed:layers=[0,1.0]": r"layers=\(0, 1.0\): expected how many, or which",
         "mixed:layer=2": r"unknown parameters \['layer'\]",
         "mixed@cache": "expected one of",
     }.items():

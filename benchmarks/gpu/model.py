@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,18 @@ COLUMNS = {
 }
 
 
+def chosen(quick: bool, only: str) -> dict[str, tuple[str, int]]:
+    """Cases by name: a method of `Comparison` and the tokens of context."""
+    contexts = {
+        "latency": (1, 32, 128) if quick else (1, 4, 16, 32, 64, 128),
+        "throughput": (32,) if quick else (32, 4, 128),
+    }
+    cases = {f"{kind} {k}K": (kind, k * K) for kind, ks in contexts.items() for k in ks}
+    if only and only not in cases:
+        raise typer.BadParameter(f"--only {only!r}: expected one of {list(cases)}")
+    return {only: cases[only]} if only else cases
+
+
 def main(
     preset: str = typer.Option("compact", help="Of our side."),
     quick: bool = typer.Option(False, help="The most important third."),
@@ -212,6 +224,7 @@ def main(
     as_json: bool = typer.Option(False, "--json", help="Print JSON and nothing else."),
 ) -> None:
     """Measures, checks, prints and records."""
+    cases = chosen(quick, only)
     require_gpu()
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.manual_seed(0)
@@ -234,15 +247,8 @@ def main(
     report = Report("gpu_model_part" if only else "gpu_model", settings, COLUMNS, as_json)
     compared = Comparison(Bf16(model), Oscar(model, preset), ceiling)
     report.console.print(f"logits against SDPA over the same states: {compared.logits}")
-    cases: dict[str, Callable[[], Iterable[Row]]] = {}
-    for context in (1, 32, 128) if quick else (1, 4, 16, 32, 64, 128):
-        cases[f"latency {context}K"] = partial(compared.latency, context * K)
-    for context in (32,) if quick else (32, 4, 128):
-        cases[f"throughput {context}K"] = partial(compared.throughput, context * K)
-    if only:
-        cases = {only: cases[only]}
-    for name, measurement in budget.within(cases):
-        report.attempt(name, measurement)
+    for name, (kind, context) in budget.within(cases):
+        report.attempt(name, partial(getattr(compared, kind), context))
     report.close(budget.skipped)
 
 

@@ -26,7 +26,7 @@ class Mixed:
         recent_tokens: newest tokens that stay in full precision, if other than theirs.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for a name that is none, or layers that are no integers.
     """
 
     base: str = "compact"
@@ -35,6 +35,12 @@ class Mixed:
     recent_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        for role in ("base", "better"):
+            if not isinstance(name := getattr(self, role), str):
+                raise ValueError(f"{role}={name!r}: expected the name of a method")
+        layers = self.layers if isinstance(self.layers, tuple) else (self.layers,)
+        if any(type(layer) is not int for layer in layers):
+            raise ValueError(f"layers={self.layers!r}: expected how many, or which: [0,5]")
         if any(one.needs_calibration for one in self.methods):
             raise ValueError(f"{self}: expected methods without calibration")
 

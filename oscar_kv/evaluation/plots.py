@@ -10,8 +10,9 @@ from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
 from oscar_kv.evaluation.report import Table, label
+from oscar_kv.evaluation.runner import Row
 
-_OURS = ("Oscar", "OscarCache", "Ablation", "Mixed")
+_OURS = ("Oscar", "OscarCache", "Ablation")
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -42,7 +43,7 @@ def pareto(table: Table) -> Figure:
         bits, value = row["bits_per_element"], metric.value(row)
         if metric.log and value <= 0:
             continue  # no error at all: the full cache
-        ours = row["method"]["class"] in _OURS
+        ours = _is_ours(row)
         axes.scatter(bits, value, color="tab:red" if ours else "tab:blue", zorder=3)
         axes.annotate(label(row), (bits, value), xytext=(4, 3), textcoords="offset points", size=7)
         if row["method"]["name"] in front:
@@ -95,7 +96,7 @@ def drift(table: Table) -> Figure:
         positions = [
             table.task["prefix"] + table.task["bucket"] * (i + 0.5) for i in range(len(values))
         ]
-        ours = row["method"]["class"] in _OURS
+        ours = _is_ours(row)
         axes.plot(
             positions, values, lw=2 if ours else 1, ls="-" if ours else "--", label=label(row)
         )
@@ -104,3 +105,9 @@ def drift(table: Table) -> Figure:
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
     return figure
+
+
+def _is_ours(row: Row) -> bool:
+    """Whether a contender, or the base of two in one cache, is."""
+    method = row["method"]
+    return method.get("base", method)["class"] in _OURS

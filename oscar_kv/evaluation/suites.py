@@ -24,8 +24,9 @@ _PUBLISHED = (
 _WITHOUT_WINDOW = tuple(
     f"{preset}:recent_tokens=0" for preset in PRESETS if OscarConfig.preset(preset).recent_tokens
 )
-# What of ours has no page yet: fewer bits than any preset, and what lies between two of them.
-_NO_PAGES_YET = (
+# Ours with fewer bits than any preset, and between two of them. `mixed` of two presets has pages
+# (`OscarCache(layers=)`), the others have none yet.
+_BESIDE_PRESETS = (
     "ablation:recent_tokens=0,value_bits=1,token_scale=cross_head",
     "ablation:recent_tokens=0,value_bits=1",
     "ablation:recent_tokens=0,value_bits=1.6",
@@ -50,7 +51,7 @@ def for_model(names: Iterable[str], full_layers: int) -> list[str]:
 SUITES: dict[str, tuple[str, ...]] = {
     # Every method with the full-precision tokens that it was published with, and the presets
     # without their window as well: in a short context it weighs more than all else.
-    "peers": (FULL_PRECISION, *_PUBLISHED, *PRESETS, *_WITHOUT_WINDOW, *_NO_PAGES_YET),
+    "peers": (FULL_PRECISION, *_PUBLISHED, *PRESETS, *_WITHOUT_WINDOW, *_BESIDE_PRESETS),
     # Every method with the newest 128 tokens in full precision, and no others but its blocks'.
     "same-window": (
         FULL_PRECISION,
@@ -88,6 +89,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         "ablation:value_bits=3",
         "ablation:key_bits=3,value_bits=3",
         "ablation:key_bits=3,value_bits=1.6",
+        "ablation:key_bits=3,value_bits=1",
         "mixed:layers=1",
         "mixed:layers=2",
         "mixed:layers=[0,1]",
