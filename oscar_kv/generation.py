@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from oscar_kv.integrations.graph import DecodeGraph, require_kernels
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer, layer_memory
+from oscar_kv.integrations.layer import OscarLayer, layer_memory
+from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.planner import ModelShape
 from oscar_kv.storage.layout import PageLayout
 

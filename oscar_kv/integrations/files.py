@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer, layer_memory
+from oscar_kv.integrations.layer import OscarLayer, layer_memory
+from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.storage.files import load_packed, save_packed
 from oscar_kv.storage.offload import Staging
 
