@@ -148,8 +148,8 @@ class OscarLayer(CacheLayerMixin):
         )
 
     def adopt(self, packed: PackedKV) -> None:
-        """Makes ``packed`` what this layer holds."""
-        self.packed, self.is_initialized = packed, True
+        """Makes ``packed`` what this layer holds, and its config that of the layer."""
+        self.packed, self.config, self.is_initialized = packed, packed.config, True
         self.dtype, self.device = packed.dtype, packed.device
 
 

@@ -69,13 +69,13 @@ class OscarCache(Cache):
             raise TypeError(
                 f"model_config is a {type(model_config).__name__}: expected model.config"
             )
-        self.config = OscarConfig() if config is None else config
+        config = OscarConfig() if config is None else config
         others = dict(layers or {})
-        for one in (self.config, *others.values()):
+        for one in (config, *others.values()):
             if not isinstance(one, OscarConfig):
                 raise TypeError(f"config is a {type(one).__name__}: expected an OscarConfig")
             for name in ("sink_tokens", "recent_tokens"):
-                if (own := getattr(one, name)) != (usual := getattr(self.config, name)):
+                if (own := getattr(one, name)) != (usual := getattr(config, name)):
                     raise ValueError(f"layers: {name}={own}, expected {usual} as in other layers")
         if getattr(model_config, "dtype", None) == torch.float64:
             raise TypeError("the model is float64: expected float16, bfloat16 or float32")
@@ -90,7 +90,7 @@ class OscarCache(Cache):
             if not is_quantized(layer):
                 made.append(layer)
                 continue
-            own = others.pop(index, self.config)
+            own = others.pop(index, config)
             if head_dim := head_dim_of(layer_config):
                 PageLayout(own, head_dim, 1)  # raises for a size without a layout
             made.append(OscarLayer(own, max_tokens, self.staging))
