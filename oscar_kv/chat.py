@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from oscar_kv.config import FULL_PRECISION
+from oscar_kv.config import FULL_PRECISION, OscarConfig
 from oscar_kv.evaluation.quality import make_cache
 from oscar_kv.generation import (
     Loaded,
@@ -26,6 +26,7 @@ from oscar_kv.generation import (
     decode_graph,
 )
 from oscar_kv.integrations.files import load_cache, save_cache
+from oscar_kv.integrations.layer import OscarLayer
 from oscar_kv.integrations.transformers import OscarCache
 
 Message = dict[str, str]
@@ -151,7 +152,8 @@ class Conversation:
         if self.preset != FULL_PRECISION and _beside(path).is_file():
             model = self.loaded.model
             cache = load_cache(_beside(path), model.config, model.device)
-            if cache.get_seq_length() != len(ids) or cache.config != self._oscar_cache().config:
+            wanted = _configs(self._oscar_cache())
+            if cache.get_seq_length() != len(ids) or _configs(cache) != wanted:
                 cache = None
         self._drop_cache()
         self.system, self.messages = said[: len(system)], said[len(system) :]
@@ -187,6 +189,11 @@ class Conversation:
     def _oscar_cache(self) -> OscarCache:
         assert isinstance(self.cache, OscarCache)
         return self.cache
+
+
+def _configs(cache: OscarCache) -> list[OscarConfig]:
+    """Of every quantized layer."""
+    return [layer.config for layer in cache.layers if isinstance(layer, OscarLayer)]
 
 
 def _message(role: str, content: str) -> Message:

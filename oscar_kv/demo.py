@@ -22,7 +22,7 @@ from oscar_kv.generation import (
     load,
     tokens_per_second,
 )
-from oscar_kv.integrations.transformers import OscarLayer
+from oscar_kv.integrations.layer import OscarLayer
 from oscar_kv.planner import ModelShape
 
 MODEL = Path(__file__).parent / "models" / "demo"

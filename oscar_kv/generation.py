@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from oscar_kv.integrations.graph import DecodeGraph, require_kernels
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer, layer_memory
-from oscar_kv.planner import ModelShape
+from oscar_kv.integrations.layer import OscarLayer, layer_memory
+from oscar_kv.integrations.models import cache_layers
+from oscar_kv.integrations.transformers import OscarCache
+from oscar_kv.planner import layer_shape
 from oscar_kv.storage.layout import PageLayout
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -130,14 +131,13 @@ def can_be_captured(model: Any, cache: Cache) -> bool:
         or not all(isinstance(layer, OscarLayer) for layer in cache.layers)
     ):
         return False
-    configs = {cast(OscarLayer, layer).config for layer in cache.layers}
-    shapes = [
-        (layer.head_dim, layer.num_kv_heads, layer.value_head_dim)
-        for layer, _ in ModelShape.from_config(model.config).layers
-    ]
-    for config, shape in itertools.product(configs, shapes):
+    shapes = [layer_shape(*layer) for layer in cache_layers(model.config)]
+    configs = [cast(OscarLayer, layer).config for layer in cache.layers]
+    for config, shape in set(zip(configs, shapes)):
+        assert shape is not None  # of a quantized layer
         try:
-            require_kernels(PageLayout(config, *shape), model.device)
+            layout = PageLayout(config, shape.head_dim, shape.num_kv_heads, shape.value_head_dim)
+            require_kernels(layout, model.device)
         except ValueError:
             return False
     return True

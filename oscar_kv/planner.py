@@ -83,7 +83,7 @@ class ModelShape:
         Raises:
             ValueError: if it has no full-attention layer, or does not state its heads.
         """
-        shapes = [_layer_shape(layer, fields) for layer, fields in cache_layers(config)]
+        shapes = [layer_shape(layer, fields) for layer, fields in cache_layers(config)]
         counts = Counter(shape for shape in shapes if shape is not None)
         text = config.get_text_config(decoder=True)
         max_context = getattr(text, "max_position_embeddings", None)
@@ -191,7 +191,7 @@ def plan(
     return rows
 
 
-def _layer_shape(layer: Any, config: Any) -> LayerShape | None:
+def layer_shape(layer: Any, config: Any) -> LayerShape | None:
     """What the cache layer of a decoder layer holds, ``None`` if nothing that grows."""
     if not isinstance(layer, DynamicLayer) or isinstance(layer, ImageLayer):
         return None

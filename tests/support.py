@@ -26,7 +26,8 @@ from transformers.models.auto import modeling_auto
 from oscar_kv import OscarConfig
 from oscar_kv.integrations import attention_function
 from oscar_kv.integrations.encoder_decoder import OscarEncoderDecoderCache
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+from oscar_kv.integrations.layer import OscarLayer
+from oscar_kv.integrations.transformers import OscarCache
 
 NEW_TOKENS = 8
 EXACT = OscarConfig(recent_tokens=4096)

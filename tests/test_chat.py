@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from oscar_kv import repl
+from oscar_kv import OscarCache, OscarConfig, repl, save_cache
 from oscar_kv.chat import Conversation
 from oscar_kv.cli import main
 from oscar_kv.config import FULL_PRECISION
@@ -146,6 +147,12 @@ def test_saved_and_taken_up_again(loaded: Loaded, read: list[int], tmp_path: Pat
     assert answer == say(conversation, SECOND)
 
     assert not Conversation(loaded, "high").load(tmp_path / "talk.json")  # another cache
+    config = loaded.model.config
+    mixed = OscarCache(config, OscarConfig.quality(), layers={1: OscarConfig.high()})
+    ids = json.loads((tmp_path / "talk.json").read_text())["ids"]
+    loaded.model(torch.tensor([ids]), past_key_values=mixed)
+    save_cache(mixed, tmp_path / "talk.safetensors")
+    assert not Conversation(loaded, "quality").load(tmp_path / "talk.json")  # in one layer
     (tmp_path / "talk.safetensors").unlink()
     again = Conversation(loaded, "quality")
     assert not again.load(tmp_path / "talk.json")

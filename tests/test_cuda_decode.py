@@ -338,7 +338,9 @@ def test_every_page_is_read_once(
         ([256] * 8, False),  # four parts each fill the places of an H200
         ([256, 230, 192, 154, 128, 77, 51, 26], True),  # parts would be as unlike as sequences
         ([256] * 29, True),  # 232 sequences and heads, 264 places
-        ([31] * 1176, False),  # so many sequences take long to look through
+        ([31] * 234, False),  # the more sequences there are, the longer a share takes to find
+        ([31] * 1176, False),
+        ([255] * 32, False),  # 256 sequences and heads
     ],
 )
 def test_work_is_shared_evenly_where_that_is_faster(counts: list[int], streamed: bool) -> None:

@@ -25,7 +25,8 @@ from families import (
 from transformers import DynamicCache, StaticCache
 
 from oscar_kv import OscarConfig
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+from oscar_kv.integrations.layer import OscarLayer
+from oscar_kv.integrations.transformers import OscarCache
 
 TOLERANCE = 1e-3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,15 +10,18 @@ import torch
 import triton
 import triton.language as tl
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.cache_utils import DynamicLayer
 
-from oscar_kv import OscarCache, OscarConfig, decode_attention
+from oscar_kv import OscarCache, OscarConfig, decode_attention, generation
 from oscar_kv.generation import can_be_captured, continuation, decode_graph
 from oscar_kv.integrations.compile import compile_layers
 from oscar_kv.integrations.graph import DecodeGraph
 from oscar_kv.kernels.triton_page import high_planes, plane
+from oscar_kv.storage.layout import PageLayout
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+HIGH = OscarConfig.high()
 CONFIG = LlamaConfig(
     hidden_size=256,
     num_attention_heads=8,
@@ -48,10 +52,31 @@ def test_what_cannot_be_captured_is_refused() -> None:
         OscarCache(CONFIG, max_tokens=0)
 
 
+def test_each_layer_needs_kernels_for_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own config and its own heads, not those of other layers."""
+    wide = LlamaConfig(**{**CONFIG.to_dict(), "head_dim": 128})
+    layers = [(DynamicLayer(), config) for config in (CONFIG, wide)]
+    monkeypatch.setattr(generation, "cache_layers", lambda config: layers)
+    asked = set()
+
+    def kernels(layout: PageLayout, device: torch.device) -> None:
+        asked.add((layout.config, layout.head_dim))
+        if (layout.config, layout.head_dim) == (HIGH, 64):
+            raise ValueError("no kernel")
+
+    monkeypatch.setattr(generation, "require_kernels", kernels)
+    model = SimpleNamespace(
+        device=torch.device("cuda"), config=SimpleNamespace(_attn_implementation="oscar")
+    )
+    assert can_be_captured(model, OscarCache(CONFIG, layers={1: HIGH}))
+    assert asked == {(OscarConfig(), 64), (HIGH, 128)}
+    assert not can_be_captured(model, OscarCache(CONFIG, layers={0: HIGH}))
+
+
 @needs_gpu
 @pytest.mark.parametrize(
     ("preset", "layers"),
-    [("compact", {}), ("paper", {}), ("compact", {1: OscarConfig.high()})],
+    [("compact", {}), ("paper", {}), ("compact", {1: HIGH})],
     ids=["compact", "paper", "mixed"],
 )
 @torch.no_grad()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, tokens
+from transformers import LlamaConfig
 
 from oscar_kv import OscarCache, OscarConfig, PackedKV, load_cache, save_cache
+from oscar_kv.storage.files import save_packed
 
 COMPACT, HIGH = OscarConfig.compact(), OscarConfig.high()
 HIGH_SECOND = {1: HIGH}
@@ -19,14 +22,15 @@ HIGH_SECOND = {1: HIGH}
 def test_each_layer_stores_what_a_cache_of_its_config_does(offloading: bool) -> None:
     model = FAMILIES["Llama"].model("oscar")
     mixed = OscarCache(model.config, layers=HIGH_SECOND, offloading=offloading)
-    alike = [OscarCache(model.config, config) for config in (COMPACT, HIGH)]
+    configs = (COMPACT, HIGH)
+    alike = [OscarCache(model.config, config) for config in configs]
     states = [torch.randn(2, 2, 2, 400, model.config.head_dim) for _ in range(2)]
     for cache in (mixed, *alike):
         for layer, (keys, values) in enumerate(states):
             cache.update(keys, values, layer)
-    for layer, one in enumerate(alike):
+    for layer, (config, one) in enumerate(zip(configs, alike)):
         found, expected = (cache.packed_layers()[layer] for cache in (mixed, one))
-        assert found.config == one.config
+        assert found.config == config
         assert _stored(found) == _stored(expected)
         for a, b in zip(found.dense(), expected.dense()):
             assert torch.equal(a, b)
@@ -62,6 +66,29 @@ def test_a_file_keeps_them(tmp_path: Path) -> None:
     new = tokens(1, 9, seed=1)
     found, expected = (model(new, past_key_values=one).logits for one in (loaded, cache))
     assert torch.equal(found, expected)
+    loaded.reset()
+    model(new, past_key_values=loaded)
+    assert [packed.config for packed in loaded.packed_layers()] == [COMPACT, HIGH]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [{}, HIGH_SECOND], ids=["alike", "mixed"])
+def test_a_file_of_another_model_is_refused(layers: dict[int, OscarConfig], tmp_path: Path) -> None:
+    """Wherever the layers are that differ."""
+    model = FAMILIES["Llama"].model("oscar")
+    cache = OscarCache(model.config, layers=layers)
+    model(tokens(1, 20), past_key_values=cache)
+    path = tmp_path / "cache.safetensors"
+    save_cache(cache, path)
+    fields = model.config.to_dict()
+    for field, value in (("num_hidden_layers", 1), ("head_dim", 64)):
+        other = LlamaConfig(**{**fields, field: value})
+        made_for = f"{re.escape(str(path))}: made for a model with {field}={fields[field]}: this"
+        with pytest.raises(ValueError, match=made_for):
+            load_cache(path, other)
+    save_packed(path, {str(index): one for index, one in enumerate(cache.packed_layers())})
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: holds quantized layers"):
+        load_cache(path, LlamaConfig(**{**fields, "num_hidden_layers": 1}))
 
 
 def test_what_does_not_fit_is_refused() -> None:

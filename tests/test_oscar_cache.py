@@ -18,8 +18,9 @@ from transformers import DynamicCache, LlamaConfig
 
 from oscar_kv import OscarConfig
 from oscar_kv.integrations.attention_function import oscar_attention_forward
+from oscar_kv.integrations.layer import OscarLayer
 from oscar_kv.integrations.lazy import AttentionView, LazyStates
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+from oscar_kv.integrations.transformers import OscarCache
 
 HEADS, HEAD_DIM = 2, 32
 

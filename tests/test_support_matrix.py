@@ -12,7 +12,8 @@ from support import class_names, examine, oscar_cache, tiny_model
 from support_matrix import documented, documented_version, row
 from transformers import DynamicCache, EncoderDecoderCache
 
-from oscar_kv import OscarCache, OscarEncoderDecoderCache
+from oscar_kv import OscarCache, OscarConfig, OscarEncoderDecoderCache
+from oscar_kv.integrations.layer import OscarLayer
 
 SUBSET = (
     "BartForConditionalGeneration",
@@ -69,6 +70,20 @@ def test_encoder_decoder_needs_its_own_cache() -> None:
         OscarEncoderDecoderCache(tiny_model("LlamaForCausalLM").config)
     with pytest.raises(TypeError, match=r"expected model\.config"):
         OscarEncoderDecoderCache(model)  # pyright: ignore[reportArgumentType]
+
+
+@torch.no_grad()
+def test_layers_of_a_decoder_have_configs_of_their_own() -> None:
+    model = tiny_model("T5ForConditionalGeneration")
+    cache = OscarEncoderDecoderCache(model.config, layers={1: OscarConfig.high()})
+    model(
+        input_ids=torch.ones(1, 5, dtype=torch.long),
+        decoder_input_ids=torch.ones(1, 3, dtype=torch.long),
+        past_key_values=cache,
+    )
+    configs = [packed.config for packed in cache.self_attention_cache.packed_layers()]
+    assert configs == [OscarConfig(), OscarConfig.high()]
+    assert not any(isinstance(x, OscarLayer) for x in cache.cross_attention_cache.layers)
 
 
 def test_encoder_decoder_cache_can_be_cropped() -> None:

@@ -18,7 +18,8 @@ from benchmarks.gpu.report import Row
 from benchmarks.gpu.states import config_of, random_states
 from benchmarks.gpu.timing import REPLAYS, device, summarize, time_replays
 from oscar_kv.config import PAGE_TOKENS
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+from oscar_kv.integrations.layer import OscarLayer
+from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.kernels import pack, unpack
 from oscar_kv.storage.packed import PackedKV
 

@@ -14,8 +14,9 @@ from oscar_kv.config import FULL_PRECISION, PAGE_TOKENS
 from oscar_kv.evaluation.methods import LayerStates, Method, Oscar, bits_per_element, method
 from oscar_kv.evaluation.methods.base import FULL_PRECISION_BITS
 from oscar_kv.evaluation.mixed import Mixed
+from oscar_kv.integrations.layer import OscarLayer
 from oscar_kv.integrations.models import cache_layers, is_quantized
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+from oscar_kv.integrations.transformers import OscarCache
 
 REAL_CACHE = "@cache"
 """After the name of a preset: the cache that users have, instead of the method behind it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
@@ -20,6 +21,7 @@ class OscarEncoderDecoderCache(EncoderDecoderCache):
     Args:
         model_config: ``model.config``.
         config: ``OscarConfig.compact()`` if omitted.
+        layers: another config for some of the decoder's layers, as in :class:`OscarCache`.
         max_tokens: makes room for decoded sequences of this length up front.
 
     Raises:
@@ -34,6 +36,7 @@ class OscarEncoderDecoderCache(EncoderDecoderCache):
         model_config: PreTrainedConfig,
         config: OscarConfig | None = None,
         *,
+        layers: Mapping[int, OscarConfig] | None = None,
         max_tokens: int | None = None,
     ) -> None:
         if not isinstance(model_config, PreTrainedConfig):
@@ -45,7 +48,8 @@ class OscarEncoderDecoderCache(EncoderDecoderCache):
         decoder = copy.deepcopy(model_config.get_text_config(decoder=True))
         decoder.is_encoder_decoder = False
         super().__init__(
-            OscarCache(decoder, config, max_tokens=max_tokens), DynamicCache(config=decoder)
+            OscarCache(decoder, config, layers=layers, max_tokens=max_tokens),
+            DynamicCache(config=decoder),
         )
 
     def check_dynamic_cache(self, method: str) -> None:

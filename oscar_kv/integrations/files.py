@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer, layer_memory
+from oscar_kv.integrations.layer import OscarLayer, layer_memory
+from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.storage.files import load_packed, save_packed
 from oscar_kv.storage.offload import Staging
 
@@ -58,9 +58,7 @@ def load_cache(
     """
     staging = Staging(device) if offloading else None
     packed, extra, about = load_packed(path, device, staging)
-    [(config, _)] = Counter(one.config for one in packed.values()).most_common(1)
-    others = {int(i): one.config for i, one in packed.items() if one.config != config}
-    cache = OscarCache(model_config, config, layers=others, offloading=offloading)
+    cache = OscarCache(model_config, offloading=offloading)  # layers adopt the file's configs
     if cache.staging is not None and staging is not None:
         cache.staging[staging.device] = staging
     made_for = about.get("made_for", {})

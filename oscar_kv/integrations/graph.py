@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oscar_kv.integrations.transformers import OscarCache, OscarLayer
+from oscar_kv.integrations.layer import OscarLayer
+from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.kernels.dispatch import choose
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.packed import PackedKV

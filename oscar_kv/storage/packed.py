@@ -130,8 +130,8 @@ class PackedKV(PackedStates):
         undo = self._undo_of(counts)
         self.version = object()
         for row, (sequence, count) in enumerate(zip(self._sequences, counts)):
-            missing = self._pages_after(sequence, count) - len(sequence.pages + sequence.reserved)
-            if missing > 0:
+            missing = sequence.pages_missing(count, self.config)
+            if missing:
                 self._widen_table(len(sequence.pages) + missing)
                 sequence.reserved += tuple(self.pool.allocate(missing))
                 self.block_table[row, len(sequence.pages)].fill_(sequence.reserved[0])
@@ -161,10 +161,9 @@ class PackedKV(PackedStates):
         self._device_leads = True
         self._undo = None
         self.version = object()
-        wanted = [self._pages_after(s, tokens) - len(s.pages + s.reserved) for s in self._sequences]
-        ids = self.pool.allocate(sum(max(0, missing) for missing in wanted))
-        for sequence, missing in zip(self._sequences, wanted):
-            count = max(0, missing)
+        wanted = [sequence.pages_missing(tokens, self.config) for sequence in self._sequences]
+        ids = self.pool.allocate(sum(wanted))
+        for sequence, count in zip(self._sequences, wanted):
             sequence.reserved += tuple(ids[:count])
             ids = ids[count:]
         width = self.most_pages
@@ -314,23 +313,10 @@ class PackedKV(PackedStates):
         )
         return check_lengths(lengths, self.batch_size, tokens)
 
-    def _pages_after(self, sequence: SequenceState, tokens: int) -> int:
-        """Pages of ``sequence`` once ``tokens`` more have come in steps."""
-        tail = sequence.tail + tokens - min(tokens, self.config.sink_tokens - sequence.sinks)
-        return len(sequence.pages) + max(0, tail - self.config.recent_tokens) // PAGE_TOKENS
-
     def _advance(self, counts: Sequence[int]) -> list[int]:
         """Counts new tokens, and returns the ids of the pages that they completed."""
-        completed: list[int] = []
-        for sequence, count in zip(self._sequences, counts):
-            new_pages = self._pages_after(sequence, count) - len(sequence.pages)
-            sinks = min(count, self.config.sink_tokens - sequence.sinks)
-            sequence.sinks += sinks
-            sequence.tail += count - sinks - PAGE_TOKENS * new_pages
-            completed += sequence.reserved[:new_pages]
-            sequence.pages += sequence.reserved[:new_pages]
-            sequence.reserved = sequence.reserved[new_pages:]
-        return completed
+        each = zip(self._sequences, counts)
+        return [page for sequence, count in each for page in sequence.advance(count, self.config)]
 
     def _undo_of(self, counts: Sequence[int]) -> Undo | None:
         """What an append of ``counts`` is about to overwrite, where a crop would miss it.
@@ -339,7 +325,7 @@ class PackedKV(PackedStates):
         would complete the same page.
         """
         packs = any(
-            self._pages_after(sequence, count) > len(sequence.pages)
+            sequence.pages_after(count, self.config) > len(sequence.pages)
             for sequence, count in zip(self._sequences, counts)
         )
         if not packs or max(counts) <= min(1, self.config.recent_tokens):

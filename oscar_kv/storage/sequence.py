@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oscar_kv.config import PAGE_TOKENS
+from oscar_kv.config import PAGE_TOKENS, OscarConfig
 
 
 @dataclass
@@ -26,6 +26,25 @@ class SequenceState:
     def length(self) -> int:
         """Tokens in all."""
         return self.sinks + PAGE_TOKENS * len(self.pages) + self.tail
+
+    def pages_after(self, tokens: int, config: OscarConfig) -> int:
+        """How many pages there will be once ``tokens`` more have come."""
+        tail = self.tail + tokens - min(tokens, config.sink_tokens - self.sinks)
+        return len(self.pages) + max(0, tail - config.recent_tokens) // PAGE_TOKENS
+
+    def pages_missing(self, tokens: int, config: OscarConfig) -> int:
+        """How many of these are neither there nor reserved."""
+        return max(0, self.pages_after(tokens, config) - len(self.pages + self.reserved))
+
+    def advance(self, tokens: int, config: OscarConfig) -> tuple[int, ...]:
+        """Counts ``tokens`` more, and returns the reserved pages that they completed."""
+        new_pages = self.pages_after(tokens, config) - len(self.pages)
+        sinks = min(tokens, config.sink_tokens - self.sinks)
+        self.sinks += sinks
+        self.tail += tokens - sinks - PAGE_TOKENS * new_pages
+        completed, self.reserved = self.reserved[:new_pages], self.reserved[new_pages:]
+        self.pages += completed
+        return completed
 
 
 @dataclass(frozen=True)

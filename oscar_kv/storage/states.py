@@ -78,7 +78,7 @@ class PackedStates:
             else OffloadedPool(self.layout, staging)
         )
         if max_tokens is not None:
-            self.pool.make_room(batch_size * self._pages_at(max_tokens))
+            self.pool.make_room(batch_size * SequenceState().pages_after(max_tokens, config))
         self._sequences = [SequenceState() for _ in range(batch_size)]
         self._device_leads = False
         """Whether kernels may be ahead of the host's lengths: from `reserve` on."""
@@ -275,8 +275,3 @@ class PackedStates:
             "sink_keys": self.sink_keys[:, :, :sinks],
             "sink_values": self.sink_values[:, :, :sinks],
         }
-
-    def _pages_at(self, length: int) -> int:
-        """Pages of a sequence of this length that has only grown."""
-        packed = length - self.config.sink_tokens - self.config.recent_tokens
-        return max(0, packed) // PAGE_TOKENS

@@ -32,8 +32,9 @@ def test_answers_as_transformers_does_on_the_cpu(options: dict[str, Any], tmp_pa
     with engine(path, dtype="bfloat16", gpu_memory_utilization=0.05, **options) as llm:
         found = behind(path, prompts, answers(llm, prompts, 40))
     rounding = behind(path, prompts, [bfloat16_answer(path, tokens, 40) for tokens in prompts])
-    assert found.max() < 2 * rounding.max()
-    assert found.mean() < 2 * rounding.mean()
+    # If rounding happens to change no token, one may be as far behind as `assert_greedy` allows.
+    assert found.max() < max(0.05, 2 * rounding.max())
+    assert found.mean() < max(0.05 / len(found), 2 * rounding.mean())
 
 
 def test_steps_wait_for_no_compiler(tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""``OscarLayer``: the quantized cache of one layer, in place of the one Transformers gives it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from oscar_kv.config import OscarConfig
+from oscar_kv.integrations.lazy import AttentionView, LazyStates
+from oscar_kv.kernels import append
+from oscar_kv.storage.offload import StagingByDevice
+from oscar_kv.storage.ownership import owns_tensors
+from oscar_kv.storage.packed import PackedKV
+
+
+class OscarLayer(CacheLayerMixin):
+    """The quantized cache of one full-attention layer, on the device of the first states it gets.
+
+    Args:
+        config: what is quantized and how.
+        max_tokens: makes room for sequences of this length up front.
+        staging: what offloaded pages come to; pages stay on the device if omitted.
+    """
+
+    is_sliding = False
+
+    def __init__(
+        self,
+        config: OscarConfig,
+        max_tokens: int | None = None,
+        staging: StagingByDevice | None = None,
+    ) -> None:
+        # not super().__init__(): it would set keys and values, which are computed here
+        self.is_initialized = False
+        self.config = config
+        self.max_tokens = max_tokens
+        self.staging = staging
+        self.packed: PackedKV | None = None
+        self.starts: Tensor | None = None
+        """int32 ``[B]``: first visible positions, for steps without a mask."""
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All keys, dequantized once they are used; ``None`` in an empty layer."""
+        return None if self.packed is None else LazyStates(AttentionView(self.packed), 0)
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All values, dequantized once they are used; ``None`` in an empty layer."""
+        return None if self.packed is None else LazyStates(AttentionView(self.packed), 1)
+
+    @property
+    def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a rollback of a few tokens leaves no trace: it then stays within the tail."""
+        return self.config.recent_tokens > 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.adopt(self._empty(key_states, value_states))
+
+    @owns_tensors
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores new states ``[B, H, T, channels]`` and returns what the model attends over.
+
+        The first call returns the states themselves: a prompt attends over its exact self.
+        """
+        if self.packed is None or self.packed.max_length == 0:
+            packed = self._empty(key_states, value_states)
+            stored = append(packed, key_states, value_states)
+            self.adopt(packed)
+            return stored
+        packed = self.packed
+        stored = append(packed, key_states, value_states)
+        in_tail = key_states.shape[2] <= packed.fewest_tail_tokens
+        view = AttentionView(packed, *((None, None) if in_tail else stored), self.starts)
+        return LazyStates.pair(view)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.packed is None else self.packed.max_length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        """Nothing is left to do: offloaded pages are copied to the CPU as they are written."""
+
+    def prefetch(self) -> None:
+        """Begins to bring offloaded pages to the device, if they are not there."""
+        if self.packed is not None:
+            self.packed.pool.prefetch()
+
+    def reset(self) -> None:
+        self.packed, self.is_initialized, self.starts = None, False, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the newest ``-tokens_to_remove`` tokens; see :meth:`PackedKV.crop`.
+
+        Raises:
+            ValueError: for a positive number, or more tokens than there are.
+        """
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation may pass a tensor
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): expected a negative number of tokens to remove"
+            )
+        if self.packed is not None and tokens_to_remove:
+            self.packed.crop([length + tokens_to_remove for length in self.packed.lengths])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.packed is not None:
+            self.packed.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.packed is not None:
+            rows = range(self.packed.batch_size)
+            self.packed.select([row for row in rows for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.packed is not None:
+            rows = torch.arange(self.packed.batch_size)
+            self.packed.select(rows[indices.cpu()].tolist())
+
+    def _empty(self, key_states: Tensor, value_states: Tensor) -> PackedKV:
+        for name, states in (("keys", key_states), ("values", value_states)):
+            if states.ndim != 4:
+                raise ValueError(
+                    f"{name} of shape {tuple(states.shape)}: expected [B, H, T, channels]"
+                )
+        batch, heads, _, head_dim = key_states.shape
+        value_dim = value_states.shape[3]
+        return PackedKV(
+            self.config,
+            batch_size=batch,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            value_head_dim=None if value_dim == head_dim else value_dim,
+            dtype=key_states.dtype,
+            device=key_states.device,
+            max_tokens=self.max_tokens,
+            staging=None if self.staging is None else self.staging[key_states.device],
+        )
+
+    def adopt(self, packed: PackedKV) -> None:
+        """Makes ``packed`` what this layer holds, and its config that of the layer."""
+        self.packed, self.config, self.is_initialized = packed, packed.config, True
+        self.dtype, self.device = packed.dtype, packed.device
+
+
+def layer_memory(layer: Any) -> dict[str, int]:
+    """Bytes that one layer of any cache has allocated, by kind as in :meth:`OscarCache.memory`."""
+    if isinstance(layer, OscarLayer):
+        return {} if layer.packed is None else layer.packed.memory()
+    states = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    for group in ("conv_states", "recurrent_states"):
+        states += getattr(layer, group, {}).values()
+    return {"other": sum(t.nbytes for t in states if isinstance(t, Tensor))}
