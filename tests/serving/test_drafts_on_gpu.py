@@ -53,7 +53,7 @@ def save_target(folder: Path) -> Path:
     """A layer on embeddings of unit size, which a norm leaves as they are."""
     path = save_model("shallow", folder)
     model = load_model(path)
-    embeddings = model.get_input_embeddings().weight
+    embeddings = model.get_parameter("model.embed_tokens.weight")
     with torch.no_grad():
         embeddings /= embeddings.square().mean(1, keepdim=True).sqrt()
     model.save_pretrained(path)
