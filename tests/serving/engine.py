@@ -40,6 +40,12 @@ def engine(path: Path, **options: Any) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
+def graphs(*sizes: int) -> dict[str, Any]:
+    """Options: decode steps of so many tokens are CUDA graphs."""
+    graph = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(sizes)}
+    return {"enforce_eager": False, "compilation_config": {"mode": 0, **graph}}
+
+
 def sampling(count: int, **options: Any) -> SamplingParams:
     defaults = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
     return SamplingParams(max_tokens=count, **(defaults | options))

@@ -8,28 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from engine import answers, counter, engine, prompt
+from engine import answers, counter, engine, graphs, prompt
 from reference import COMPACT, CONFIGS, VOCABULARY, load_model, log_probs, save_model
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-EAGER: dict[str, Any] = {}
-GRAPHS: dict[str, Any] = {
-    "enforce_eager": False,
-    "compilation_config": {
-        "mode": 0,
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": [4, 8, 16, 32],
-    },
-}
 ACCEPTED = {"draft_model": (0.8, 1.0), "eagle": (0.5, 0.9), "eagle3": (0.0, 0.1)}
 """Shares of the drafts. EAGLE's head has its pages one token on: of single drafts it finds 0.8, and
 0.5 if it sees no further back than 128 tokens."""
 HIDDEN = CONFIGS["shallow"].hidden_size
 
 
-@pytest.mark.parametrize("options", [EAGER, GRAPHS], ids=["eager", "graphs"])
+@pytest.mark.parametrize("options", [{}, graphs(4, 8, 16, 32)], ids=["eager", "graphs"])
 @pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
 def test_drafts_of_a_model(method: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Those that know the answer are accepted, and random ones change nothing in it."""

@@ -8,23 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine import answers, engine, prompt
+from engine import answers, engine, graphs, prompt
 from reference import COMPACT, load_model, log_probs, save_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-EAGER: dict[str, Any] = {}
-GRAPHS: dict[str, Any] = {
-    "enforce_eager": False,
-    "compilation_config": {
-        "mode": 0,
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": [1, 2, 4, 8],
-    },
-}
 
-
-@pytest.mark.parametrize("options", [EAGER, GRAPHS], ids=["eager", "graphs"])
+@pytest.mark.parametrize("options", [{}, graphs(1, 2, 4, 8)], ids=["eager", "graphs"])
 def test_answers_as_transformers_does_on_the_cpu(options: dict[str, Any], tmp_path: Path) -> None:
     """By how much its tokens are less likely than the best ones is what bfloat16 makes of it."""
     path = save_model("qwen3", tmp_path)
