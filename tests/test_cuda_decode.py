@@ -6,76 +6,23 @@ product and long contexts on a GPU.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import itertools
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import emulated
-import kernel_checks
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from cuda_decode_checks import CHANNELS, CONFIGS, Division, check, decode, needs_compiler
 from kernel_checks import DEVICE, GPU, LENGTHS, OPTIONS, packed_states
 from states import states
-from torch import Tensor
 
-from oscar_kv import OscarConfig, PackedKV, quantize
-from oscar_kv.config import PRESETS
-from oscar_kv.kernels import cuda_decode
+from oscar_kv import OscarConfig, quantize
 from oscar_kv.kernels.call import AttentionCall
-from oscar_kv.kernels.cuda_decode import COLUMNS, DENSE_TOKENS, WARPS, Plan, takes, unsupported
+from oscar_kv.kernels.cuda_decode import Plan
 from oscar_kv.kernels.masking import Visibility
-from oscar_kv.storage.layout import PageLayout
 
-needs_compiler = pytest.mark.skipif(
-    not GPU and emulated.COMPILER is None, reason="the emulator of a GPU is compiled by g++"
-)
 needs_gpu = pytest.mark.skipif(not GPU, reason="too slow in the emulator")
-decode = cuda_decode.decode if GPU else emulated.decode
 
-
-class Division(NamedTuple):
-    """A :class:`Plan` without the dense parts, which packed states determine."""
-
-    team: int = 1
-    page_parts: int = 2
-    dense_apart: bool = False
-    streamed: int = 0
-
-
-def check(
-    packed: PackedKV, group: int, tokens: int, division: Division | None, **options: Any
-) -> Tensor:
-    """As :func:`kernel_checks.check`; ``None`` leaves the division to the host code."""
-    work = None
-    if division is not None:
-        new = tokens if options.get("fresh") else 0
-        dense = (packed.most_tail_tokens, packed.config.sink_tokens, new)
-        parts = sum(-(-count // DENSE_TOKENS) for count in dense)
-        work = Plan(
-            division.team,
-            0 if division.streamed else division.page_parts,
-            parts,
-            division.dense_apart,
-            division.streamed,
-        )
-    return kernel_checks.check(partial(decode, work=work), packed, group, tokens, **options)
-
-
-CONFIGS = {
-    **{preset: OscarConfig.preset(preset) for preset in PRESETS},
-    "4-bit values": OscarConfig(value_bits=4, key_group=16, value_group=16, token_scale="none"),
-    "fp16": OscarConfig(key_bits=4, value_bits=4, key_group=64, value_group=32, metadata="fp16"),
-}
-CHANNELS = [
-    channels
-    for channels in ((64, None), (128, None), (256, None), (64, 128), (128, 64), (256, 128))
-    if unsupported(PageLayout(OscarConfig(), channels[0], 2, channels[1])) is None
-]
 ROWS = ((4, 1), (8, 1), (2, 3), (1, 8))
 PARTS = (1, 2, 7)  # no sequence has seven pages
 STREAMS = (1, 5, 64)  # blocks: one for all, some in the middle of a sequence, more than work
@@ -233,179 +180,6 @@ def test_long_contexts(length: int, dtype: torch.dtype) -> None:
     for division in (None, Division(), Division(4, 100, True), Division(streamed=264)):
         check(packed, 4, 1, division)
         check(packed, 4, 2, division, sliding_window=20_000)
-
-
-@needs_compiler
-@pytest.mark.parametrize("processors", [1, 12, 132])
-def test_the_host_code_divides_the_work(monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
-    monkeypatch.setattr(cuda_decode, "multiprocessors", lambda device: processors)
-    monkeypatch.setattr(cuda_decode, "shared_memory", lambda device: 228 << 10)
-    monkeypatch.setattr(cuda_decode, "block_shared_memory", lambda device: 227 << 10)
-    config = OscarConfig(sink_tokens=3)
-    packed = packed_states(config, 64, None, (1700, 700), dtype=torch.float16)
-    check(packed, 2, 1, None)
-    check(packed, 1, 4, None, fresh=True, starts=torch.tensor([0, 690]))
-    short = packed_states(config, 64, None, (5, 100), dtype=torch.float16)
-    check(short, 2, 1, None)
-    ragged = packed_states(config, 64, None, (1700, 130, 130), dtype=torch.float16)
-    assert (cuda_decode.plan(ragged, 0).streamed > 0) == (processors == 1)
-    check(ragged, 2, 1, None)
-
-
-def test_declines_what_it_was_not_made_for() -> None:
-    usual = packed_states(OscarConfig(), 64, dtype=torch.float16)
-
-    def taken(
-        group: int = 4,
-        tokens: int = 1,
-        dtype: torch.dtype = torch.float16,
-        mask: Tensor | None = None,
-        packed: PackedKV = usual,
-    ) -> bool:
-        layout = packed.layout
-        query = torch.zeros(
-            packed.batch_size, group * layout.num_kv_heads, tokens, layout.head_dim, dtype=dtype
-        )
-        return takes(AttentionCall(query, packed, Visibility(tokens, mask=mask), 1.0))
-
-    assert taken()
-    assert taken(COLUMNS, 1)
-    assert taken(1, COLUMNS)
-    assert not taken(COLUMNS + 1, 1)
-    assert not taken(4, 3)
-    assert not taken(dtype=torch.float32)
-    assert not taken(dtype=torch.bfloat16)  # and the states are float16
-    assert not taken(dtype=torch.float32, packed=packed_states(OscarConfig(), 64))
-    assert not taken(mask=torch.ones(1, 1, 1, max(LENGTHS), dtype=torch.bool))
-    assert not taken(packed=packed_states(OscarConfig(), 96, dtype=torch.float16))
-    assert not taken(packed=packed_states(OscarConfig(), 64, 80, dtype=torch.float16))
-
-
-@pytest.mark.parametrize(
-    ("config", "channels", "heads", "reason"),
-    [
-        (OscarConfig(), (64, None), 3, None),
-        (OscarConfig(), (96, None), 2, "head_dim=96"),
-        (OscarConfig(), (64, 80), 2, "value_head_dim=80"),
-        (OscarConfig(value_group=8), (64, None), 2, "value_group=8"),
-        (OscarConfig.paper(), (128, None), 1, None),
-        (OscarConfig.paper(), (128, None), 2, None),
-        (OscarConfig.paper(), (128, None), 8, None),
-        (OscarConfig.paper(), (128, None), 3, "shared by 3 heads"),
-        (OscarConfig.paper(), (128, None), 32, "shared by 32 heads"),
-    ],
-)
-def test_says_which_pages_it_cannot_read(
-    config: OscarConfig, channels: tuple[int, int | None], heads: int, reason: str | None
-) -> None:
-    found = unsupported(PageLayout(config, channels[0], heads, channels[1]))
-    assert found is None if reason is None else found is not None and reason in found
-
-
-@given(
-    counts=st.lists(st.integers(0, 9000), min_size=1, max_size=40),
-    heads=st.integers(1, 16),
-    processors=st.integers(1, 200),
-    together=st.integers(1, 2),
-    fewest=st.sampled_from([1, 2, 4]),
-)
-def test_every_page_is_read_once(
-    counts: list[int], heads: int, processors: int, together: int, fewest: int
-) -> None:
-    pages, owners, read = max(counts), heads * len(counts), heads * sum(counts)
-    team, parts = cuda_decode._divide(
-        len(counts), owners, pages, read, processors, together, fewest
-    )
-    assert team in (1, 2, 4)
-    assert team >= fewest
-    if not parts:
-        return  # the kernel divides: test_many_sequences_share_the_blocks
-    assert owners * parts <= max(owners, 4 * together * processors)
-    teams = WARPS // team
-    assert parts <= max(1, -(-pages // teams))  # otherwise some have nothing to do
-    found = [
-        page
-        for part, index in itertools.product(range(parts), range(teams))
-        for page in range(part * teams + index, pages, parts * teams)
-    ]
-    assert sorted(found) == list(range(pages))
-
-
-@pytest.mark.parametrize(
-    ("counts", "streamed"),
-    [
-        ([8], False),  # a page at once
-        ([256] * 8, False),  # four parts each fill the places of an H200
-        ([256, 230, 192, 154, 128, 77, 51, 26], True),  # parts would be as unlike as sequences
-        ([256] * 29, True),  # 232 sequences and heads, 264 places
-        ([31] * 234, False),  # the more sequences there are, the longer a share takes to find
-        ([31] * 1176, False),
-        ([255] * 32, False),  # 256 sequences and heads
-    ],
-)
-def test_work_is_shared_evenly_where_that_is_faster(counts: list[int], streamed: bool) -> None:
-    owners, read = 8 * len(counts), 8 * sum(counts)
-    _, parts = cuda_decode._divide(len(counts), owners, max(counts), read, 132, 2, 1)
-    assert (parts == 0) == streamed
-
-
-@pytest.mark.parametrize("per_block", [99 << 10, 163 << 10, 227 << 10])  # sm_89, sm_80, sm_90
-def test_blocks_fit_a_multiprocessor(monkeypatch: pytest.MonkeyPatch, per_block: int) -> None:
-    monkeypatch.setattr(cuda_decode, "multiprocessors", lambda device: 1)  # has it all to do
-    monkeypatch.setattr(cuda_decode, "shared_memory", lambda device: per_block + 1024)
-    monkeypatch.setattr(cuda_decode, "block_shared_memory", lambda device: per_block)
-    for config, channels in itertools.product(CONFIGS.values(), CHANNELS):
-        packed = packed_states(config, *channels, (300,), dtype=torch.bfloat16)
-        team = cuda_decode.plan(packed, 0).team
-        program = cuda_decode.decode_program(packed.layout, torch.bfloat16, team)
-        assert program.shared_memory <= per_block
-
-
-class Copied(ctypes.Structure):
-    """``struct Arguments`` of the kernel below."""
-
-    _fields_ = (("source", ctypes.c_void_p), ("target", ctypes.c_void_p))
-
-
-REVERSE = """
-#include <warp.cuh>
-struct Arguments { const u32* source; u32* target; };
-extern "C" __global__ void reverse(const __grid_constant__ Arguments a) {
-  wait_for_previous_grid();
-  u8* memory = shared_memory();
-  copy_async(memory + 16 * thread(), a.source + 4 * thread());
-  commit_copies();
-  WAIT;
-  SYNC;
-  a.target[thread()] = load<1>(memory + 16 * (63 - thread())).at[0];
-}
-"""
-
-
-@pytest.mark.skipif(emulated.COMPILER is None, reason="the emulator is compiled by g++")
-@pytest.mark.parametrize(
-    ("wait", "sync", "memory", "mistake"),
-    [
-        ("wait_for_copies<0>()", "sync_block()", 1024, None),
-        ("wait_for_copies<1>()", "sync_block()", 1024, "wrong"),
-        ("wait_for_copies<0>()", "sync_warp()", 1024, "wrong"),
-        ("wait_for_copies<0>()", "if(thread()<9)sync_block()", 1024, "never reach"),
-        ("wait_for_copies<0>()", "sync_block()", 1000, "beyond"),
-    ],
-)
-def test_the_emulator_notices_mistakes(
-    tmp_path: Path, wait: str, sync: str, memory: int, mistake: str | None
-) -> None:
-    (tmp_path / "reverse.cu").write_text(REVERSE)
-    kernel = emulated.build("reverse", (("WAIT", wait), ("SYNC", sync)), tmp_path)
-    kernel.emulate.restype = ctypes.c_char_p
-    source = torch.arange(256, dtype=torch.int32)
-    target = torch.zeros(64, dtype=torch.int32)
-    argument = Copied(source=source.data_ptr(), target=target.data_ptr())
-    found = kernel.emulate(ctypes.byref(argument), 1, 64, memory)
-    if found is None and not torch.equal(target, source[::4].flip(0)):
-        found = b"wrong"
-    assert found is None if mistake is None else found is not None and mistake in found.decode()
 
 
 @needs_compiler
