@@ -98,6 +98,12 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
         return OscarMetadata(common.num_actual_tokens, groups, most_pages)
 
 
+def _other_heads(drafts: Any) -> bool:
+    """Whether a draft's pages are not as large as the model's, for which vLLM would pad either."""
+    models = (drafts.target_model_config, drafts.draft_model_config)
+    return len({(m.get_head_size(), m.get_total_num_kv_heads()) for m in models}) > 1
+
+
 class OscarAttention(AttentionImpl[OscarMetadata]):
     """The attention of one layer. ``config`` is set by the backend."""
 
@@ -121,7 +127,9 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
         parallel = vllm_config.parallel_config
         drafts = getattr(vllm_config.speculative_config, "method", None)
-        served = _DRAFTS + _DRAFTS_WITH_LAYERS * vllm_config.use_v2_model_runner
+        served = _DRAFTS
+        if vllm_config.use_v2_model_runner:
+            served += _DRAFTS_WITH_LAYERS
         refused = {
             "sliding-window layers": sliding_window is not None,
             "ALiBi": alibi_slopes is not None,
@@ -130,7 +138,12 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
             "--kv-cache-dtype-skip-layers": bool(skipped),
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
             "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
-            f"drafts by {drafts}, only {', '.join(served)}": drafts not in (None, *served),
+            f"drafts by {drafts} with this model runner of vLLM, only by {', '.join(served)}": (
+                drafts not in (None, *served)
+            ),
+            "drafts of a model with other KV heads": (
+                drafts in _DRAFTS_WITH_LAYERS and _other_heads(vllm_config.speculative_config)
+            ),
             "KV connectors": vllm_config.kv_transfer_config is not None,
             f"--kv-cache-dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", KV_CACHE_DTYPE),
             **{name: value is not None for name, value in others.items()},
@@ -147,7 +160,9 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         self.layout = PageLayout(self.config, head_size, self.num_kv_heads)
         self.most_requests = vllm_config.scheduler_config.max_num_seqs
         self.most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.most_pages = vllm_config.model_config.max_model_len // PAGE_TOKENS
+        if drafts == "draft_model":  # vLLM leaves room for a token more of each request
+            self.most_tokens -= self.most_requests
+        self.longest = vllm_config.model_config.max_model_len
         self.recent: RecentCache
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -212,13 +227,17 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
         """
         spec, device, tokens = self.recent.spec, query.device, len(query)
         heads, blocks = self.num_kv_heads, spec.blocks_per_request
-        count = 1 + tokens // PAGE_TOKENS
-        pool = torch.zeros((count, heads, self.layout.page_bytes), dtype=torch.uint8, device=device)
+        # All requests have the same pages, and one ring: what they read means nothing.
+        pool = torch.zeros(
+            (1 + tokens // PAGE_TOKENS, heads, self.layout.page_bytes),
+            dtype=torch.uint8,
+            device=device,
+        )
         shape = (1 + blocks, heads, spec.block_size, 2 * self.head_size)
         recent = torch.zeros(shape, dtype=key.dtype, device=device)
         ring_blocks = torch.arange(1, 1 + blocks, dtype=torch.int32, device=device)
-        width = max(count, self.most_pages)
-        pages = torch.arange(width, dtype=torch.int32, device=device) % count
+        width = -(-self.longest // PAGE_TOKENS)
+        pages = torch.arange(width, dtype=torch.int32, device=device) % len(pool)
 
         def step(requests: int, length: int, most_pages: int) -> None:
             groups = group_rows([length] * requests, width, device)
@@ -242,10 +261,12 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
                 softcap=self.softcap,
             )
 
-        step(1, tokens, self.most_pages)
-        lengths = [0, *(1 << n for n in range(self.most_pages.bit_length()))]
+        most_pages = self.longest // PAGE_TOKENS
+        powers = {1 << n for n in range(most_pages.bit_length())}
+        longest = min(tokens, self.longest)
+        step(min(tokens // longest, self.most_requests), longest, most_pages)
         for length in (1, *(1 + slots for slots in QUERY_SLOTS[:-1])):
-            if length <= tokens:
-                step(min(tokens // length, self.most_requests), length, self.most_pages)
-                for most_pages in lengths:
-                    step(1, length, most_pages)
+            if length <= longest:
+                step(min(tokens // length, self.most_requests), length, most_pages)
+                for pages_of_one in sorted({0, most_pages, *powers}):
+                    step(1, length, pages_of_one)
