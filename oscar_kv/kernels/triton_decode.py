@@ -110,7 +110,7 @@ def decode(call: AttentionCall) -> Tensor:
     )
     out = call.new_result()
     outer, inner = rotation_factors(page.value_dim, device)
-    # Powers of four: an engine has to compile few kernels for all its lengths.
+    # Powers of four from 16 on: an engine has to compile few kernels for all its lengths.
     parts_padded = 4 ** max(2, -(-(parts - 1).bit_length() // 2))
     chunk = min(parts_padded, 64)
     combine_parts[(batch * num_heads * num_queries,)](

@@ -37,6 +37,7 @@ def test_drafts_of_a_model(method: str, options: dict[str, Any], tmp_path: Path)
         read = log_probs(target, COMPACT, tokens + answer)[len(tokens) - 1 : -1]
         chosen = read.gather(1, torch.tensor(answer)[:, None]).squeeze(1)
         assert (read.amax(1) - chosen).max() < 0.1
+    assert drafted
     assert ACCEPTED[method][0] <= accepted / drafted <= ACCEPTED[method][1]
 
 
