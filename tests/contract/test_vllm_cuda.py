@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 import oscar_kv
 from oscar_kv import OscarConfig
+from oscar_kv.integrations.vllm.attention import other_heads
 from oscar_kv.integrations.vllm.plugin import BACKENDS
 from oscar_kv.integrations.vllm.recent import RecentCache, RecentManager
 from oscar_kv.storage.layout import PageLayout
@@ -96,6 +98,21 @@ def test_options_of_the_command_line() -> None:
     config = arguments.create_engine_config()
     assert config.attention_config.backend is AttentionBackendEnum["OSCAR_KV"]
     assert config.cache_config.cache_dtype == "oscar_kv"
+
+
+@pytest.mark.parametrize(
+    ("changed", "differ"),
+    [({}, False), ({"head_dim": 32}, True), ({"num_key_value_heads": 1}, True)],
+)
+def test_drafts_with_other_heads_are_told(
+    changed: dict[str, int], differ: bool, tmp_path: Path
+) -> None:
+    config = json.loads((MODEL / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changed))
+    drafts = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3}
+    options = {"skip_tokenizer_init": True, "speculative_config": drafts}
+    engine = EngineArgs(str(MODEL), **options).create_engine_config()
+    assert other_heads(engine.speculative_config) is differ
 
 
 @pytest.mark.parametrize(

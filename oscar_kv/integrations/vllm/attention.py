@@ -98,7 +98,7 @@ class OscarMetadataBuilder(AttentionMetadataBuilder[OscarMetadata]):
         return OscarMetadata(common.num_actual_tokens, groups, most_pages)
 
 
-def _other_heads(drafts: Any) -> bool:
+def other_heads(drafts: Any) -> bool:
     """Whether a draft's pages are not as large as the model's, for which vLLM would pad either."""
     models = (drafts.target_model_config, drafts.draft_model_config)
     return len({(m.get_head_size(), m.get_total_num_kv_heads()) for m in models}) > 1
@@ -142,7 +142,7 @@ class OscarAttention(AttentionImpl[OscarMetadata]):
                 drafts not in (None, *served)
             ),
             "drafts of a model with other KV heads": (
-                drafts in _DRAFTS_WITH_LAYERS and _other_heads(vllm_config.speculative_config)
+                drafts in _DRAFTS_WITH_LAYERS and other_heads(vllm_config.speculative_config)
             ),
             "KV connectors": vllm_config.kv_transfer_config is not None,
             f"--kv-cache-dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", KV_CACHE_DTYPE),
