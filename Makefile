@@ -48,7 +48,7 @@ support-matrix: $(READY)
 
 test-oldest: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade \
-		--target .oldest transformers==$(OLDEST_TRANSFORMERS)
+		--target .oldest transformers==$(OLDEST_TRANSFORMERS) "filelock<4"
 	PYTHONPATH=.oldest $(BIN)/pytest -n auto
 
 $(VLLM_READY): pyproject.toml tests/serving/requirements.py

@@ -96,6 +96,11 @@ class Forced(LogitsProcessor):
         return forced
 
 
+def transformers_since(*version: int) -> bool:
+    """Whether the installed Transformers is ``version``, two numbers, or newer."""
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= version
+
+
 def class_names() -> list[str]:
     """Every class that generates text token by token, whatever it reads."""
     names: set[str] = set()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import Family, each_family, left_padded, page_counts, teacher_forced, tokens
+from support import transformers_since
 from torch import Tensor
 
 from oscar_kv import OscarConfig
@@ -164,6 +165,8 @@ def test_assisted_generation(family: Family, drafts: str, monkeypatch: pytest.Mo
     ids = tokens(1, 30).repeat(1, 10)  # repetitive, so that looking up the prompt finds drafts
     arguments: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
     if drafts == "model":
+        if family.name not in ("Llama", "Lfm2") and not transformers_since(5, 23):
+            pytest.skip("Transformers' own sliding-window cache of the assistant fails")
         arguments = {"assistant_model": _perturbed(family.model("eager"))}
     arguments["max_new_tokens"] = 40
     removed = recorded(monkeypatch, "crop")

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from families import FAMILIES, teacher_forced, tokens
+from support import tiny_model
 from torch import Tensor
 
 from oscar_kv.integrations.transformers import OscarCache
@@ -27,6 +28,18 @@ def test_a_pass_that_fails_in_a_hybrid_model_asks_for_a_reset() -> None:
     cache.reset()
     fresh = teacher_forced(model, tokens(1, 20), [20], OscarCache(model.config))
     assert torch.equal(teacher_forced(model, tokens(1, 20), [20], cache), fresh)
+
+
+def test_a_layer_for_pictures_stays_empty_amid_a_pass() -> None:
+    """Transformers 5.17 asks it whether there are any."""
+    model = tiny_model("MllamaForConditionalGeneration", text_config={"num_hidden_layers": 3})
+    text = model.config.text_config
+    channels = text.hidden_size // text.num_attention_heads
+    states = torch.randn(1, text.num_key_value_heads, 1, channels)
+    cache = OscarCache(model.config)
+    for layer in (0, 2, 0):
+        cache.update(states, states, layer)
+    assert [cache.get_seq_length(layer) for layer in range(3)] == [1, 0, 1]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from oscar_kv.integrations import attention_function
 from oscar_kv.integrations.compile import untraced
 from oscar_kv.integrations.layer import OscarLayer, layer_memory
 from oscar_kv.integrations.models import (
+    ImageLayer,
     cache_layers,
     head_dim_of,
     identity,
@@ -141,7 +142,9 @@ class OscarCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the forward passes that came to their end."""
         unfinished = self._before_unfinished_pass()
-        return super().get_seq_length(layer_idx) if unfinished is None else unfinished
+        if unfinished is None or isinstance(self.layers[layer_idx], ImageLayer):
+            return super().get_seq_length(layer_idx)
+        return unfinished
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns of a mask for so many queries, and the position of the first one."""
