@@ -16,6 +16,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from oscar_kv.kernels import triton_decode, triton_extend
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+
 # Only when it compiles a model does the CPU engine run it before it serves.
 REHEARSED = {
     "enforce_eager": False,
