@@ -14,6 +14,12 @@ from reference import VOCABULARY
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+REHEARSED = {
+    "enforce_eager": False,
+    "compilation_config": {"mode": 2, "backend": "eager", "custom_ops": ["all"]},
+}
+"""Options: the engine runs the model before it serves. On a CPU it does so only to compile it."""
+
 
 @contextmanager
 def engine(path: Path, **options: Any) -> Iterator[LLM]:

@@ -10,19 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine import answers, engine, prompt
+from engine import REHEARSED, answers, engine, prompt
 from reference import save_model
 from triton.runtime.interpreter import InterpretedFunction
 
 from oscar_kv.kernels import triton_decode, triton_extend
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
-
-# Only when it compiles a model does the CPU engine run it before it serves.
-REHEARSED = {
-    "enforce_eager": False,
-    "compilation_config": {"mode": 2, "backend": "eager", "custom_ops": ["all"]},
-}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import answers, counter, engine, prompt, sampling
+from engine import REHEARSED, answers, counter, engine, prompt, sampling
 from reference import COMPACT, assert_greedy, log_probs, save_model
 from vllm import LLM
 
@@ -122,12 +122,8 @@ def test_families_and_presets(
     "options",
     [
         {"tensor_parallel_size": 2},
-        # Without a warm-up the CPU engine has no room for what stages send each other.
-        {
-            "pipeline_parallel_size": 2,
-            "enforce_eager": False,
-            "compilation_config": {"mode": 2, "backend": "eager", "custom_ops": ["all"]},
-        },
+        # Which makes room for what stages send each other.
+        {"pipeline_parallel_size": 2, **REHEARSED},
     ],
     ids=["tensors", "pipeline"],
 )

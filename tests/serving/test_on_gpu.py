@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine import answers, engine, graphs, prompt
-from reference import COMPACT, load_model, log_probs, save_model
+from reference import COMPACT, behind, load_model, log_probs, save_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -20,8 +20,8 @@ def test_answers_as_transformers_does_on_the_cpu(options: dict[str, Any], tmp_pa
     path = save_model("qwen3", tmp_path)
     prompts = [prompt(length, length) for length in (20, 150, 390, 700)]
     with engine(path, dtype="bfloat16", gpu_memory_utilization=0.05, **options) as llm:
-        found = behind(path, prompts, answers(llm, prompts, 40))
-    rounding = behind(path, prompts, [bfloat16_answer(path, tokens, 40) for tokens in prompts])
+        found = all_behind(path, prompts, answers(llm, prompts, 40))
+    rounding = all_behind(path, prompts, [bfloat16_answer(path, tokens, 40) for tokens in prompts])
     # If rounding happens to change no token, one may be as far behind as `assert_greedy` allows.
     assert found.max() < max(0.05, 2 * rounding.max())
     assert found.mean() < max(0.05 / len(found), 2 * rounding.mean())
@@ -52,13 +52,9 @@ def versions() -> dict[str, int]:
     }
 
 
-def behind(path: Path, prompts: list[list[int]], found: list[list[int]]) -> torch.Tensor:
-    """How much log-probability the tokens of all answers lack to the most likely ones."""
-    lacking = []
-    for tokens, answer in zip(prompts, found, strict=True):
-        read = log_probs(path, COMPACT, tokens + answer)[len(tokens) - 1 : -1]
-        lacking.append(read.amax(1) - read.gather(1, torch.tensor(answer)[:, None]).squeeze(1))
-    return torch.cat(lacking)
+def all_behind(path: Path, prompts: list[list[int]], found: list[list[int]]) -> torch.Tensor:
+    """:func:`behind` of all answers."""
+    return torch.cat([behind(path, *one) for one in zip(prompts, found, strict=True)])
 
 
 def bfloat16_answer(path: Path, tokens: list[int], count: int) -> list[int]:
