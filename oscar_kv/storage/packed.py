@@ -31,8 +31,8 @@ from oscar_kv.storage.checks import (
 from oscar_kv.storage.codec import decode_pages, encode_into
 from oscar_kv.storage.offload import OffloadedPool
 from oscar_kv.storage.ownership import owns_tensors
-from oscar_kv.storage.sequence import SequenceState, group_by_shape
-from oscar_kv.storage.states import BATCHED, PackedStates
+from oscar_kv.storage.sequence import SequenceState, advanced, group_by_shape
+from oscar_kv.storage.states import BATCHED, EXACT, PackedStates, require_dtype
 from oscar_kv.storage.undo import Undo
 from oscar_kv.storage.write import PackFunction, StepFunction, Write, plan_write
 
@@ -74,24 +74,29 @@ class PackedKV(PackedStates):
             keys, values = zero_nonfinite(keys, values)
         undo = self._undo_of(counts)
         self._release_reserved()
+        before = self._sequences, self._undo
         groups = group_by_shape(self._sequences, self.device, counts)
         writes = [plan_write(self, group, keys, values) for group in groups]
         self._widen_table(max(len(w.group.sample.pages) + w.pages for w in writes))
         ids = self.pool.allocate(sum(write.new_pages for write in writes))
-        where = torch.tensor(ids, dtype=torch.int32, device=self.device)
-        packed = where.split([write.new_pages for write in writes])
         try:
-            for write, page_ids in zip(writes, packed):
+            grown = self._grown(counts, ids)
+            for write in writes:
                 if write.pages:
+                    page_ids = self._list_pages(write, grown)
                     pack(self.pool.data, page_ids, *write.whole, self.layout, pages=write.pages)
             self.pool.store(ids)
-        except BaseException:
+            for write in writes:
+                self._commit(write)
+            self._sequences, self._undo = grown, undo
+            self._sync_lengths()
+        except BaseException:  # Ctrl-C, too
+            self._sequences, self._undo = before
+            for write in writes:
+                self._take_back(write)
+            self._sync_lengths()
             self.pool.release(ids)
             raise
-        for write, page_ids in zip(writes, packed):
-            ids = self._commit(write, page_ids, ids)
-        self._undo = undo
-        self._sync_lengths()
         return keys, values
 
     @owns_tensors
@@ -136,9 +141,18 @@ class PackedKV(PackedStates):
                 sequence.reserved += tuple(self.pool.allocate(missing))
                 self.block_table[row, len(sequence.pages)].fill_(sequence.reserved[0])
         numbers = None if uniform else torch.tensor(counts, dtype=torch.int32, device=self.device)
-        step(self, keys, values, numbers)
-        self._undo = undo
-        self.pool.store(self._advance(counts))
+        before = self._sequences, self._undo
+        try:
+            step(self, keys, values, numbers)
+            self._sequences, completed = advanced(before[0], counts, self.config)
+            self._undo = undo
+            self.pool.store(completed)
+        except BaseException:  # Ctrl-C, too
+            self._sequences, self._undo = before
+            if undo is not None:
+                self._put_back(undo)
+            self._sync_lengths()
+            raise
         if not self.config.check_finite and keys.shape[2] > self.config.recent_tokens:
             return zero_nonfinite(keys, values)
         return keys, values
@@ -180,7 +194,7 @@ class PackedKV(PackedStates):
         if not 0 <= tokens <= self.reserved_tokens:
             raise ValueError(f"tokens={tokens}: {self.reserved_tokens} are reserved")
         self._undo = None
-        self._advance([tokens] * self.batch_size)
+        self._sequences, _ = advanced(self._sequences, [tokens] * self.batch_size, self.config)
 
     @owns_tensors
     def crop(self, lengths: int | Sequence[int]) -> None:
@@ -205,19 +219,21 @@ class PackedKV(PackedStates):
         if undo is not None and wanted == undo.lengths:
             self._restore(undo)
             return
+        shorter, cuts = [], []
         for row, (length, sequence) in enumerate(zip(wanted, self._sequences)):
             sinks = min(sequence.sinks, length)
             whole, rest = divmod(length - sinks, PAGE_TOKENS)
-            if whole < len(sequence.pages):
-                if rest:
-                    page = self.pool.stored([sequence.pages[whole]]).to(self.device)
-                    cut_keys, cut_values = decode_pages(page, self.layout, self.dtype)
-                    self.tail_keys[row, :, :rest] = cut_keys[0, :, :rest]
-                    self.tail_values[row, :, :rest] = cut_values[0, :, :rest]
-                self.pool.release(sequence.pages[whole:])
-                sequence.pages = sequence.pages[:whole]
-            sequence.sinks = sinks
-            sequence.tail = length - sinks - PAGE_TOKENS * len(sequence.pages)
+            if whole < len(sequence.pages) and rest:
+                page = self.pool.stored([sequence.pages[whole]]).to(self.device)
+                cuts.append((row, rest, decode_pages(page, self.layout, self.dtype)))
+            pages = sequence.pages[:whole]
+            shorter.append(SequenceState(sinks, pages, length - sinks - PAGE_TOKENS * len(pages)))
+        for row, rest, (cut_keys, cut_values) in cuts:
+            self.tail_keys[row, :, :rest] = cut_keys[0, :, :rest]
+            self.tail_values[row, :, :rest] = cut_values[0, :, :rest]
+        longer, self._sequences = self._sequences, shorter
+        for before, sequence in zip(longer, shorter):
+            self.pool.release(before.pages[len(sequence.pages) :])
         self._sync_lengths()
 
     @owns_tensors
@@ -234,19 +250,33 @@ class PackedKV(PackedStates):
             raise ValueError(f"rows={rows!r}: expected indices below {self.batch_size}")
         self._release_reserved()
         self._undo = None
-        chosen = [self._sequences[row] for row in rows]
-        for sequence in chosen:
-            self.pool.hold(sequence.pages)
-        for sequence in self._sequences:
-            self.pool.release(sequence.pages)
-        self._sequences = [replace(s) for s in chosen]
         index = torch.tensor(rows, device=self.device)
-        for name in BATCHED:
-            setattr(self, name, getattr(self, name).index_select(0, index))
+        tensors = {name: getattr(self, name).index_select(0, index) for name in BATCHED}
+        earlier, self._sequences = self._sequences, [replace(self._sequences[row]) for row in rows]
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+        for sequence in self._sequences:
+            self.pool.hold(sequence.pages)
+        for sequence in earlier:
+            self.pool.release(sequence.pages)
 
     def reset(self) -> None:
         """Forgets every token; keeps the memory."""
         self.crop(0)
+
+    @owns_tensors
+    def widen(self, dtype: torch.dtype) -> None:
+        """Holds full-precision tokens in ``dtype`` from now on. Pages have none.
+
+        Raises:
+            TypeError: for another dtype than float16, bfloat16 or float32.
+        """
+        if dtype == self.dtype:
+            return
+        require_dtype(dtype)
+        for name in EXACT:
+            setattr(self, name, getattr(self, name).to(dtype))
+        self.dtype, self.version = dtype, object()
 
     @owns_tensors
     def to(self, device: torch.device | str) -> PackedKV:
@@ -313,10 +343,13 @@ class PackedKV(PackedStates):
         )
         return check_lengths(lengths, self.batch_size, tokens)
 
-    def _advance(self, counts: Sequence[int]) -> list[int]:
-        """Counts new tokens, and returns the ids of the pages that they completed."""
-        each = zip(self._sequences, counts)
-        return [page for sequence, count in each for page in sequence.advance(count, self.config)]
+    def _grown(self, counts: Sequence[int], ids: list[int]) -> list[SequenceState]:
+        """The sequences with so many more tokens, and new pages in order of the rows."""
+        grown = [replace(sequence) for sequence in self._sequences]
+        for sequence, count in zip(grown, counts):
+            missing = sequence.pages_missing(count, self.config)
+            sequence.reserved, ids = tuple(ids[:missing]), ids[missing:]
+        return advanced(grown, counts, self.config)[0]
 
     def _undo_of(self, counts: Sequence[int]) -> Undo | None:
         """What an append of ``counts`` is about to overwrite, where a crop would miss it.
@@ -338,13 +371,16 @@ class PackedKV(PackedStates):
         )
 
     def _restore(self, undo: Undo) -> None:
-        for sequence, before in zip(self._sequences, undo.sequences):
+        self._put_back(undo)
+        grown, self._sequences = self._sequences, undo.sequences
+        for sequence, before in zip(grown, undo.sequences):
             self.pool.release(sequence.pages[len(before.pages) :])
-        self._sequences = undo.sequences
+        self._sync_lengths()
+
+    def _put_back(self, undo: Undo) -> None:
         tail = undo.tail_keys.shape[2]
         self.tail_keys[:, :, :tail] = undo.tail_keys
         self.tail_values[:, :, :tail] = undo.tail_values
-        self._sync_lengths()
 
     def _release_reserved(self) -> None:
         self._device_leads = False
@@ -353,26 +389,30 @@ class PackedKV(PackedStates):
             self.pool.release(sequence.reserved)
             sequence.reserved = ()
 
-    def _commit(self, write: Write, page_ids: Tensor, ids: list[int]) -> list[int]:
-        """Writes one planned append; returns the page ids that remain for the others."""
+    def _list_pages(self, write: Write, grown: list[SequenceState]) -> Tensor:
+        """Enters the pages that a group of sequences gains into the block table; their ids."""
+        first = len(write.group.sample.pages)
+        ids = [grown[row].pages[first:] for row in write.group.numbers]
+        new = torch.tensor(ids, dtype=torch.int32).to(self.device)
+        self.block_table[write.group.rows, first : first + write.pages] = new
+        return new.flatten()
+
+    def _commit(self, write: Write) -> None:
+        """Writes the sinks and the tail of one planned append."""
         rows, before = write.group.rows, write.group.sample
         sinks = write.sinks[0].shape[2]
         if sinks:
             target = slice(before.sinks, before.sinks + sinks)
             self.sink_keys[rows, :, target], self.sink_values[rows, :, target] = write.sinks
-        end = write.tail_begin + write.tail[0].shape[2]
-        target = slice(write.tail_begin, end)
+        target = slice(write.tail_begin, write.tail_begin + write.tail[0].shape[2])
         self.tail_keys[rows, :, target], self.tail_values[rows, :, target] = write.tail
+
+    def _take_back(self, write: Write) -> None:
+        """Puts back the tail that :meth:`_commit` may have overwritten: pages are made of it."""
         if write.pages:
-            first = len(before.pages)
-            target = slice(first, first + write.pages)
-            self.block_table[rows, target] = page_ids.view(-1, write.pages)
-        for sequence in write.group.sequences:
-            sequence.sinks += sinks
-            sequence.tail = end
-            sequence.pages += tuple(ids[: write.pages])
-            ids = ids[write.pages :]
-        return ids
+            rows, tail = write.group.rows, write.group.sample.tail
+            for buffer, states in zip((self.tail_keys, self.tail_values), write.whole):
+                buffer[rows, :, :tail] = states[:, :, :tail]
 
     def _widen_table(self, width: int) -> None:
         old = self.block_table.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,19 +47,26 @@ class SequenceState:
         return completed
 
 
+def advanced(
+    sequences: Sequence[SequenceState], counts: Sequence[int], config: OscarConfig
+) -> tuple[list[SequenceState], list[int]]:
+    """Copies of sequences with so many tokens more, and the reserved pages that they completed."""
+    after = [replace(sequence) for sequence in sequences]
+    each = zip(after, counts)
+    return after, [page for one, count in each for page in one.advance(count, config)]
+
+
 @dataclass(frozen=True)
 class Group:
     """Sequences of equal shape, which one tensor operation can handle together."""
 
     rows: slice | Tensor
     """Index of the batch dimension: everything, or these rows."""
-    sequences: list[SequenceState]
+    numbers: list[int]
+    """The rows, in any case as numbers."""
+    sample: SequenceState
+    """One of the sequences: they all have its shape."""
     new_tokens: int
-
-    @property
-    def sample(self) -> SequenceState:
-        """Any of the sequences: they all have its shape."""
-        return self.sequences[0]
 
 
 def group_by_shape(
@@ -76,7 +83,8 @@ def group_by_shape(
     return [
         Group(
             slice(None) if everything else torch.tensor(rows, device=device),
-            [sequences[row] for row in rows],
+            rows,
+            sequences[rows[0]],
             shape[-1],
         )
         for shape, rows in members.items()

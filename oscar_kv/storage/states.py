@@ -23,8 +23,15 @@ from oscar_kv.storage.undo import Undo
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TABLES = ("block_table", "page_counts", "tail_lengths", "sink_lengths", "arrivals")
-BATCHED = ("tail_keys", "tail_values", "sink_keys", "sink_values", *TABLES)
+EXACT = ("tail_keys", "tail_values", "sink_keys", "sink_values")
+BATCHED = (*EXACT, *TABLES)
 """Names of the tensors with a row for each sequence."""
+
+
+def require_dtype(dtype: torch.dtype) -> None:
+    """Raises TypeError unless full-precision tokens can be of this ``dtype``."""
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype={dtype}: expected one of {_DTYPES}")
 
 
 class PackedStates:
@@ -62,8 +69,7 @@ class PackedStates:
     ) -> None:
         if not isinstance(config, OscarConfig):
             raise TypeError(f"config is a {type(config).__name__}: expected an OscarConfig")
-        if dtype not in _DTYPES:
-            raise TypeError(f"dtype={dtype}: expected one of {_DTYPES}")
+        require_dtype(dtype)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: expected a positive integer")
         self.config = config
@@ -224,6 +230,7 @@ class PackedStates:
         """Copies of the pages in ``table`` (ids, any shape): uint8 ``[ids, H, page_bytes]``."""
         return self.pool.data.index_select(0, table.flatten())
 
+    @owns_tensors
     def dense(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """All tokens, dequantized, in the original basis.
 

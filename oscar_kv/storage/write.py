@@ -55,7 +55,7 @@ class Write:
     @property
     def new_pages(self) -> int:
         """Pages of all sequences of the group together."""
-        return self.pages * len(self.group.sequences)
+        return self.pages * len(self.group.numbers)
 
 
 def plan_write(packed: PackedKV, group: Group, keys: Tensor, values: Tensor) -> Write:
