@@ -169,7 +169,7 @@ def test_states_of_another_kind_raise_and_change_nothing(change: str) -> None:
     layer = filled_layer()
     keys, values = states(10, seed=1)
     if change == "dtype":
-        wrong = keys.bfloat16(), values.bfloat16()
+        wrong = keys.double(), values.double()
     else:
         index = {"batch": 0, "heads": 1, "channels": 3}[change]
         wrong = keys.narrow(index, 0, 1), values.narrow(index, 0, 1)

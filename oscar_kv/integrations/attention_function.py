@@ -16,7 +16,12 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 
 from oscar_kv.core.attention import attention
 from oscar_kv.integrations.compile import untraced
-from oscar_kv.integrations.lazy import AttentionView, LazyStates
+from oscar_kv.integrations.lazy import (
+    AttentionView,
+    LazyStates,
+    learning,
+    refuse_gradients,
+)
 from oscar_kv.kernels import extend_attention
 
 _NEED_ADDITIVE_MASK = ("bigbird_pegasus", "git", "nllb-moe", "pegasus_x")
@@ -80,17 +85,19 @@ def oscar_attention_forward(
     if (bias := kwargs.get("position_bias")) is not None:
         attention_mask = _biased(bias, attention_mask, query, key)
     if view is not None:
-        out = extend_attention(
-            query,
-            view.packed,
-            view.new_keys,
-            view.new_values,
-            scaling=scaling,
-            starts=view.starts,
-            softcap=softcap,
-            s_aux=s_aux,
-            mask=attention_mask,
-        )
+        with torch.no_grad():
+            out = extend_attention(
+                query,
+                view.packed,
+                view.new_keys,
+                view.new_values,
+                scaling=scaling,
+                starts=view.starts,
+                softcap=softcap,
+                s_aux=s_aux,
+                mask=attention_mask,
+            )
+        out = refuse_gradients(out, learning(query, *view.sources))
     else:
         wide = (states.float() for states in (query, key, value))
         out = attention(*wide, scaling=scaling, softcap=softcap, s_aux=s_aux, mask=attention_mask)

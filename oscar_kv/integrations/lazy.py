@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from oscar_kv.integrations.compile import untraced
+from oscar_kv.storage.ownership import outside_inference_mode
 from oscar_kv.storage.packed import PackedKV
 
 
@@ -28,12 +30,16 @@ class AttentionView:
             quantized in ``packed``.
         new_values: their values.
         starts: int ``[B]``, first visible position of each sequence, where no mask tells.
+        dtypes: of keys and values as others see them; that of ``packed`` if omitted.
+        sources: what a gradient would have to reach; none comes through.
     """
 
     packed: PackedKV
     new_keys: Tensor | None = None
     new_values: Tensor | None = None
     starts: Tensor | None = None
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None
+    sources: tuple[Tensor, ...] = ()
     lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,21 +53,28 @@ class AttentionView:
                 f"{self.packed.lengths} now: use them before the next update"
             )
 
+    def dtype(self, part: int) -> torch.dtype:
+        """Of the keys (0) or the values (1)."""
+        return self.packed.dtype if self.dtypes is None else self.dtypes[part]
+
     @cached_property
     def dense(self) -> tuple[Tensor, Tensor]:
         """Dequantized keys ``[B, H, T, D]`` and values ``[B, H, T, E]``, new tokens exact."""
         self.require_current()
-        keys, values = self.packed.dense()
-        if self.new_keys is not None and self.new_values is not None:
-            keys[:, :, -self.new_keys.shape[2] :] = self.new_keys
-            values[:, :, -self.new_values.shape[2] :] = self.new_values
-        return keys, values
+        with outside_inference_mode():
+            dense = []
+            for part, states in enumerate(self.packed.dense()):
+                if (new := (self.new_keys, self.new_values)[part]) is not None:
+                    states[:, :, -new.shape[2] :] = new.detach()
+                dense.append(refuse_gradients(states.to(self.dtype(part)), self.sources))
+        return dense[0], dense[1]
 
 
 class LazyStates(Tensor):
     """The keys or the values of an :class:`AttentionView`, dequantized on first use.
 
-    Any torch operation on it works and returns plain tensors.
+    Any torch function takes it and returns plain tensors. It is read only: what it stands for is
+    computed from pages, and a change would be lost.
     """
 
     view_of: AttentionView
@@ -73,7 +86,7 @@ class LazyStates(Tensor):
         channels = (packed.layout.head_dim, packed.layout.value_dim)[part]
         shape = (packed.batch_size, packed.layout.num_kv_heads, packed.max_length, channels)
         lazy = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls, shape, dtype=packed.dtype, device=packed.device
+            cls, shape, dtype=view.dtype(part), device=packed.device
         )
         lazy.view_of, lazy.part = view, part
         return lazy
@@ -91,19 +104,79 @@ class LazyStates(Tensor):
         """The dequantized states, shared by all who ask."""
         return self.view_of.dense[self.part]
 
-    # What torch implements outside of its dispatcher:
-
-    def tolist(self) -> Any:
-        return self.plain().tolist()
-
-    def numpy(self, *, force: bool = False) -> Any:
-        return self.plain().numpy(force=force)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.plain().clone()
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Before the dispatcher: storage, DLPack and inference mode go around what comes after it.
+        if func in _OF_THE_SHAPE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return _on_plain(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args = tree_map_only(LazyStates, LazyStates.plain, args)
-        kwargs = tree_map_only(LazyStates, LazyStates.plain, kwargs or {})
-        return func(*args, **kwargs)
+        return _on_plain(func, args, kwargs or {})
+
+
+_OF_THE_SHAPE = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize", "is_cuda")
+} | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.__len__,
+    torch.numel,
+    torch.is_floating_point,
+}
+"""What is known of states without dequantizing them."""
+
+
+def _on_plain(func: Any, args: Any, kwargs: Any) -> Any:
+    """Calls ``func`` with plain tensors in place of :class:`LazyStates`.
+
+    Raises:
+        RuntimeError: if it has written to one.
+    """
+    lazy = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyStates)]
+    plain = [x.plain() for x in lazy]
+    versions = [x._version for x in plain]
+    args, kwargs = tree_map_only(LazyStates, LazyStates.plain, (args, kwargs))
+    result = func(*args, **kwargs)
+    if any(x._version != version for x, version in zip(plain, versions)):
+        raise RuntimeError(
+            "keys and values of a quantized cache are computed from its pages, so writing to them "
+            "would change nothing: clone() them, and write to that"
+        )
+    return result
+
+
+# -- gradients -------------------------------------------------------------------------------
+
+
+class _NoGradient(torch.autograd.Function):
+    """Hands states on; a gradient that comes back is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, *sources: Tensor) -> Tensor:
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            "no gradient flows through a quantized cache that holds earlier tokens: pass the whole "
+            "sequence at once, or use a DynamicCache, where gradients are needed"
+        )
+
+
+def learning(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Those that a gradient would have to reach."""
+    if not torch.is_grad_enabled():
+        return ()
+    return tuple(tensor for tensor in tensors if tensor.requires_grad)
+
+
+def refuse_gradients(states: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
+    """``states``, which were computed from ``sources`` in ways that have no gradient."""
+    return _NoGradient.apply(states, *sources) if sources else states  # pyright: ignore

@@ -9,9 +9,10 @@ with ``attn_implementation="oscar"`` the model attends straight from the packed 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
-from typing import Any, cast
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from oscar_kv.config import OscarConfig
 from oscar_kv.integrations import attention_function
 from oscar_kv.integrations.compile import untraced
-from oscar_kv.integrations.layer import OscarLayer, layer_memory
+from oscar_kv.integrations.layer import OscarLayer, drop_graph, holds_states, layer_memory
 from oscar_kv.integrations.models import (
     ImageLayer,
     cache_layers,
@@ -30,8 +31,10 @@ from oscar_kv.integrations.models import (
     is_quantized,
     require_usable_cache,
 )
+from oscar_kv.integrations.passes import Passes
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.offload import StagingByDevice
+from oscar_kv.storage.ownership import outside_inference_mode
 from oscar_kv.storage.packed import PackedKV
 
 
@@ -71,6 +74,8 @@ class OscarCache(Cache):
                 f"model_config is a {type(model_config).__name__}: expected model.config"
             )
         config = OscarConfig() if config is None else config
+        if layers is not None and not isinstance(layers, Mapping):
+            raise TypeError(f"layers={layers!r}: expected a dict, from layer index to OscarConfig")
         others = dict(layers or {})
         for one in (config, *others.values()):
             if not isinstance(one, OscarConfig):
@@ -99,9 +104,9 @@ class OscarCache(Cache):
             raise ValueError(f"layers={sorted(others)}: no full-attention layers of this model")
         super().__init__(layers=made)  # whose offloading moves whole layers, both ways each time
         self.offloading = offloading
+        self._passes = Passes()
         self._torn = False
-        self._latest: tuple[int, int] | None = None
-        """The layer that was updated last, and the thread that did it."""
+        """Whether a pass has changed layers that cannot be rolled back, and others not."""
 
     @untraced
     def update(
@@ -111,27 +116,69 @@ class OscarCache(Cache):
 
         A forward pass that fails in between has stored its states in some layers and not in others:
         these are rolled back, at once if a layer refuses its states, else when the next pass
-        begins. The pass can be repeated. One that fails after its last layer has stored its states
-        looks complete: ``crop`` takes it back.
+        begins. The pass can be repeated. Two failures cannot be told from success: that of the
+        first pass, which the next one reports, and one after the last layer has stored its states,
+        which ``crop`` takes back.
 
         Raises:
-            ValueError: for states that are refused, and, in a model with layers that cannot be
-                rolled back, for every update from then on until :meth:`reset`.
+            ValueError: for states that are refused, and for every update until :meth:`reset` once
+                a failed pass has left states that cannot be rolled back.
             RuntimeError: if another thread is in the middle of a forward pass.
         """
-        if self._latest is not None and layer_idx <= self._latest[0]:
-            self._begin_pass()
-        self._latest = layer_idx, threading.get_ident()
-        if self._torn:
-            raise ValueError("an earlier forward pass failed half-way: call reset() first")
-        layer: Any = self.layers[layer_idx]
-        try:
+        new = key_states.shape[-2] if key_states.ndim > 1 else 0
+        with self._step_of_a_pass(layer_idx, "states", new) as layer:
             if self.offloading and isinstance(layer, OscarLayer):
                 self._prefetch(layer)
             return layer.update(key_states, value_states, *args, **kwargs)
-        except Exception:
-            self._roll_back(layer.get_seq_length(), self.layers[:layer_idx])
+
+    @untraced
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As in Transformers; part of a pass as :meth:`update` is."""
+        with self._step_of_a_pass(layer_idx, "convolution"):
+            return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    @untraced
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As in Transformers; part of a pass as :meth:`update` is."""
+        with self._step_of_a_pass(layer_idx, "recurrence"):
+            return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    @contextmanager
+    def _step_of_a_pass(self, layer_idx: int, kind: str, new: int = 0) -> Iterator[Any]:
+        """A layer while it is updated; if that fails, all that the pass has stored is taken back.
+
+        Transformers' own layers keep what they are given: outside of inference mode, so that they
+        can be updated outside of it, too, and without the graph that the states came from.
+        """
+        layer: Any = self.layers[layer_idx]
+        passes = self._passes
+        if isinstance(layer, ImageLayer):  # stored once, not in every pass
+            with outside_inference_mode():
+                yield layer
+            return
+        if passes.begins_anew(layer_idx, kind):
+            self._end_pass()
+        if passes.layers is None:
+            passes.layers = {index for index, one in enumerate(self.layers) if holds_states(one)}
+        self._require_whole()
+        before = layer.get_seq_length() if kind == "states" else None
+        try:
+            passes.record(layer_idx, kind, before, new)
+        except ValueError:
+            self._torn = True
             raise
+        try:
+            with outside_inference_mode():
+                yield layer
+        except BaseException:  # Ctrl-C, too
+            self._take_back()
+            raise
+        if not isinstance(layer, OscarLayer):
+            drop_graph(layer)
 
     def _prefetch(self, layer: OscarLayer) -> None:
         """Has the pages of ``layer`` and of the quantized layer after it on their way."""
@@ -141,59 +188,89 @@ class OscarCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the forward passes that came to their end."""
-        unfinished = self._before_unfinished_pass()
-        if unfinished is None or isinstance(self.layers[layer_idx], ImageLayer):
-            return super().get_seq_length(layer_idx)
-        return unfinished
+        length = super().get_seq_length(layer_idx)
+        if self._passes.unfinished and not isinstance(self.layers[layer_idx], ImageLayer):
+            before = self._passes.length_before
+            return length if before is None else before
+        return length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns of a mask for so many queries, and the position of the first one."""
-        unfinished = self._before_unfinished_pass()
-        if unfinished is None or not isinstance(self.layers[layer_idx], OscarLayer):
-            return super().get_mask_sizes(query_length, layer_idx)
-        return unfinished + query_length, 0
+        self._require_whole()
+        self._passes.mask_asked_for()
+        if isinstance(self.layers[layer_idx], OscarLayer):
+            return self.get_seq_length(layer_idx) + query_length, 0
+        return super().get_mask_sizes(query_length, layer_idx)
 
-    def _before_unfinished_pass(self) -> int | None:
-        """How long quantized layers were before a pass that has not reached all of them."""
-        layers = self._quantized()
-        if layers[0].get_seq_length() == layers[-1].get_seq_length():
-            return None
-        lengths = [layer.get_seq_length() for layer in layers]
-        # The first layers are longer than the others, which are equally long.
-        one_step = len(set(lengths)) == 2 and lengths == sorted(lengths, reverse=True)
-        return lengths[-1] if one_step else None
+    def _require_whole(self) -> None:
+        if self._torn:
+            raise ValueError("an earlier forward pass failed half-way: call reset() first")
 
-    def _begin_pass(self) -> None:
-        """Takes back what a pass that never came to its end has stored."""
-        length = self._before_unfinished_pass()
-        if length is None or self._latest is None:
-            return
-        if self._latest[1] != threading.get_ident():
-            raise RuntimeError(
-                "another thread is in the middle of a forward pass over this cache: give every "
-                "thread a cache of its own"
-            )
-        self._roll_back(length, self.layers)
+    def _end_pass(self) -> None:
+        """Ends the latest pass, and takes back what one that never came to its end has stored."""
+        self._passes.require_not_running(self)
+        if self._passes.unfinished:
+            self._take_back()
+        self._passes.end()
 
-    def _roll_back(self, length: int, layers: list[Any]) -> None:
-        """Brings ``layers`` back to ``length``."""
-        for layer in layers:
+    def _take_back(self) -> None:
+        """Brings the layers that the latest pass has updated back to what they were before."""
+        for layer in (self.layers[index] for index in self._passes.updated):
             if isinstance(layer, OscarLayer):
-                layer.crop(min(0, length - layer.get_seq_length()))
-            elif any(layer_memory(layer).values()):
+                layer.crop((self._passes.length_before or 0) - layer.get_seq_length())
+            elif holds_states(layer):
                 self._torn = True
+        self._passes.end(taken_back=True)
 
     def reset(self) -> None:
+        """Forgets every token, and whatever has failed."""
         super().reset()
-        self._torn, self._latest = False, None
+        self._passes, self._torn = Passes(), False
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):
                 # Transformers 5.17 zeroes these states, and the next update would grow them.
                 layer.keys, layer.values, layer.is_initialized = None, None, False
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        # one transfer here, not one per layer
-        super().reorder_cache(cast(torch.LongTensor, beam_idx.cpu()))
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the newest ``-tokens_to_remove`` tokens, in all layers or, on an error, in none.
+
+        Raises:
+            ValueError: for a positive number, or more tokens than there are.
+            RuntimeError: if a layer that is not quantized has let go of what it would need.
+        """
+        self._each_layer("crop", int(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replaces the batch by these of its sequences, as beam search does."""
+        self._each_layer("reorder_cache", torch.as_tensor(beam_idx).cpu())  # one transfer for all
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence ``repeats`` times."""
+        self._each_layer("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these sequences: their numbers, or a bool for each."""
+        self._each_layer("batch_select_indices", torch.as_tensor(indices).cpu())
+
+    def _each_layer(self, method: str, argument: Any) -> None:
+        """Calls a method of every layer: those of Transformers first, which may refuse. What they
+        hold they replace, so that it can be put back."""
+        self._end_pass()
+        quantized = self._quantized()
+        others: list[Any] = [layer for layer in self.layers if layer not in quantized]
+        before = [
+            {name: copy.copy(x) if isinstance(x, dict) else x for name, x in vars(layer).items()}
+            for layer in others
+        ]
+        try:
+            for layer in (*others, *quantized):
+                if not hasattr(layer, method):
+                    raise ValueError(f"{method}: a {type(layer).__name__} cannot do that")
+                getattr(layer, method)(argument)
+        except BaseException:
+            for layer, attributes in zip(others, before):
+                vars(layer).update(attributes)
+            raise
 
     def reserve(self, tokens: int) -> None:
         """Sets memory aside for ``tokens`` more tokens; see :meth:`PackedKV.reserve`.

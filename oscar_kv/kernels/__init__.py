@@ -17,6 +17,7 @@ from oscar_kv.kernels.call import AttentionCall
 from oscar_kv.kernels.dispatch import Operations, choose
 from oscar_kv.kernels.masking import Visibility
 from oscar_kv.storage.layout import PageLayout
+from oscar_kv.storage.ownership import without_autocast
 from oscar_kv.storage.packed import PackedKV
 from oscar_kv.storage.paged import PagedSequences
 
@@ -27,7 +28,7 @@ DECODE_QUERIES = 16
 @contextmanager
 def _operations(layout: PageLayout, device: torch.device) -> Iterator[Operations]:
     """The backend for pages of ``layout``, with the device current on which kernels start."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), without_autocast():
         yield choose(layout, device)[0].operations
 
 

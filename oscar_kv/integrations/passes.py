@@ -1,0 +1,115 @@
+"""Which layers a forward pass over a cache has updated, and whether it came to its end.
+
+A model updates each of its layers once in a pass, and nobody tells a cache when a pass begins or
+ends. So a pass begins here where a layer is updated that the pass before has updated, too. That one
+was unfinished if it has stopped before layers that hold tokens: which layers a model has is learnt
+from what they hold, not from a config, since layers may be cut off, replaced or left out.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+
+
+class Passes:
+    """The latest pass over one cache, and what is known of passes over it in general.
+
+    Attributes:
+        layers: the layers that passes update, ``None`` before the first one.
+        updated: those that the latest pass has updated.
+    """
+
+    def __init__(self) -> None:
+        self.layers: set[int] | None = None
+        self.updated: set[int] = set()
+        self._kinds: set[tuple[int, str]] = set()
+        self._size: tuple[int, int] | None = None
+        """Tokens before the latest pass, and new ones, once a layer that counts has them."""
+        self._uneven = False
+        """Whether layers have grown differently: their lengths then tell nothing of a pass."""
+        self._has_mask = self._mask_asked_for = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the latest pass has not reached the last layers."""
+        if self._uneven or not self.updated or self.layers is None:
+            return False
+        missing = self.layers - self.updated
+        return bool(missing) and max(self.updated) < min(missing)
+
+    @property
+    def length_before(self) -> int | None:
+        """Tokens before the latest pass, if any layer that counts them has been updated."""
+        return None if self._size is None else self._size[0]
+
+    def mask_asked_for(self) -> None:
+        """Notes that the next pass is told how long all of its layers are."""
+        self._mask_asked_for = True
+
+    def begins_anew(self, layer: int, kind: str) -> bool:
+        """Whether an update of this ``kind`` belongs to another pass than the latest."""
+        return (layer, kind) in self._kinds
+
+    def record(self, layer: int, kind: str, before: int | None, new: int) -> None:
+        """Adds an update to the latest pass.
+
+        Args:
+            before: tokens that the layer held, ``None`` if it does not count them.
+            new: how many come.
+
+        Raises:
+            ValueError: if the layer is not as long as the mask of this pass says.
+        """
+        if not self._kinds:
+            self._has_mask, self._mask_asked_for = self._mask_asked_for, False
+        if before is not None:
+            self._size = self._size or (before, new)
+            if self._has_mask and before != self._size[0]:
+                raise ValueError(
+                    f"layer {layer} holds {before} tokens, and this forward pass began with "
+                    f"{self._size[0]}: an earlier one failed half-way, or left this layer out. "
+                    "Call reset() first"
+                )
+            self._uneven |= self._size != (before, new)
+        self._thread = threading.current_thread()
+        self._kinds.add((layer, kind))
+        self.updated.add(layer)
+
+    def end(self, taken_back: bool = False) -> None:
+        """The latest pass is over, or was taken back."""
+        if self.layers is not None and not taken_back:
+            self.layers |= self.updated
+        self.updated, self._kinds, self._size = set(), set(), None
+
+    def require_not_running(self, cache: Any) -> None:
+        """Raises RuntimeError if another thread is in the middle of the latest pass."""
+        if self.updated and self._thread is not None and _runs_a_pass(self._thread, cache):
+            raise RuntimeError(
+                "another thread is in the middle of a forward pass over this cache: give every "
+                "thread a cache of its own"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_thread": None}  # of no meaning in a copy or another process
+
+
+def _runs_a_pass(thread: threading.Thread, cache: Any) -> bool:
+    """Whether a module that was given ``cache`` is at work in another ``thread``.
+
+    A thread whose pass has failed may be dead, idle in a pool, or busy with another cache.
+    """
+    if thread is threading.current_thread() or not thread.is_alive():
+        return False
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        given = frame.f_locals.get("past_key_values")
+        given = getattr(given, "self_attention_cache", given)
+        if given is cache and isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            return True
+        frame = frame.f_back
+    return False
