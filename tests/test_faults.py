@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, tokens
 from states import states
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from oscar_kv import OscarCache, OscarConfig, quantize
+from oscar_kv import OscarCache, OscarConfig, PackedKV, quantize
 from oscar_kv.kernels import append, reference
 from oscar_kv.storage import packed as packed_module
 from oscar_kv.storage.pool import PagePool
@@ -29,6 +32,82 @@ def out_of_memory(*_: Any, **__: Any) -> None:
 @pytest.fixture(autouse=True)
 def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OSCAR_KV_BACKEND", "reference")
+
+
+class Interrupted(TorchDispatchMode):
+    """Ctrl-C in place of operation number ``at``, counted from zero."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at + 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+KEYS, VALUES = states("gaussian", 2, 2, 700, 32)
+
+
+def part(begin: int, end: int) -> tuple[Tensor, Tensor]:
+    return KEYS[:, :, begin:end], VALUES[:, :, begin:end]
+
+
+CHANGES: dict[str, Callable[[PackedKV], Any]] = {
+    "a step": lambda packed: append(packed, *part(383, 384)),
+    "a step of one sequence": lambda packed: append(packed, *part(383, 384), lengths=[0, 1]),
+    "a chunk": lambda packed: append(packed, *part(383, 600), lengths=[217, 3]),
+    "crop": lambda packed: packed.crop([140, 0]),
+    "crop of the latest append": lambda packed: packed.crop([200, 0]),
+    "select": lambda packed: packed.select([1, 1, 0]),
+}
+
+
+def everything(packed: PackedKV) -> list[Any]:
+    """What there is to know of a batch, on the host and on the device."""
+    return [
+        packed.lengths,
+        packed.pages_per_sequence,
+        packed.pool.used,
+        *(x.tolist() for x in (packed.page_counts, packed.tail_lengths, packed.sink_lengths)),
+        *(x.tolist() for x in packed.dense()),
+    ]
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_interrupted_anywhere_has_happened_or_has_not(change: str, sinks: int) -> None:
+    """At many operations of torch, all of the last among them; and what comes next is right."""
+
+    def fresh() -> PackedKV:
+        packed = quantize(*part(0, 200), OscarConfig(sink_tokens=sinks), lengths=[200, 0])
+        append(packed, *part(200, 383), lengths=[183, 143])
+        return packed
+
+    before, after = (fresh() for _ in range(2))
+    CHANGES[change](after)
+    kept, changed = everything(before), everything(after)
+    for one in (before, after):
+        append(one, *(x.repeat(2, 1, 1, 1)[: one.batch_size] for x in part(600, 700)))
+    kept_next, changed_next = everything(before), everything(after)
+    packed = fresh()
+    with Interrupted(-1) as counter:
+        CHANGES[change](packed)
+    count = -counter.left
+    assert count > 3
+    outcomes = set()
+    for at in {*range(0, count, 1 + count // 20), *range(max(0, count - 20), count)}:
+        packed = fresh()
+        with pytest.raises(KeyboardInterrupt), Interrupted(at):
+            CHANGES[change](packed)
+        found = everything(packed)
+        assert found in (kept, changed), at
+        append(packed, *(x.repeat(2, 1, 1, 1)[: packed.batch_size] for x in part(600, 700)))
+        assert everything(packed) == (kept_next if found == kept else changed_next), at
+        outcomes.add(found == kept)
+    assert True in outcomes
 
 
 @pytest.mark.parametrize("where", WHERE)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from layer_checks import CHUNK, HEAD_DIM, HEADS, dense, filled_layer, states
 from torch import Tensor
@@ -94,6 +98,77 @@ def test_lazy_states_compute_like_tensors(lazy_pair: Pair, operation: str) -> No
             assert torch.equal(result, expected)
         else:
             assert result == expected
+
+
+BEYOND_THE_DISPATCHER: dict[str, Callable[[Tensor], Any]] = {
+    "torch.from_dlpack": lambda t: torch.from_dlpack(t).clone(),
+    "numpy.from_dlpack": lambda t: torch.from_numpy(np.from_dlpack(t).copy()),
+    "numpy.asarray": lambda t: torch.from_numpy(np.asarray(t).copy()),
+    "share_memory_": lambda t: t.share_memory_().clone(),
+    "pickle": lambda t: pickle.loads(pickle.dumps(t)),
+    "torch.save": lambda t: _saved(t),
+    "safetensors": lambda t: safetensors.torch.load(safetensors.torch.save({"t": t}))["t"],
+    "storage": lambda t: (
+        torch.tensor(t.untyped_storage().tolist(), dtype=torch.uint8)
+        .view(torch.float32)
+        .view(t.shape)
+    ),
+    "detach": lambda t: t.detach() * 1,
+    "data": lambda t: t.data * 1,
+    "vmap": lambda t: torch.vmap(lambda row: row * 1)(t),
+    "iteration": lambda t: torch.stack(list(t)),
+    "copy_ into another": lambda t: torch.empty(t.shape).copy_(t),
+    "setitem of another": lambda t: _assigned(torch.zeros(t.shape), t),
+}
+
+
+def _saved(tensor: Tensor) -> Tensor:
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+def _assigned(target: Tensor, source: Tensor) -> Tensor:
+    target[...] = source
+    return target
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("way", BEYOND_THE_DISPATCHER)
+def test_lazy_states_leave_torch_as_plain_tensors(way: str, mode: Any) -> None:
+    """By ways that torch's dispatcher does not see, in every mode, in whichever they were made."""
+    with mode():
+        layer = filled_layer(380)
+        assert layer.keys is not None
+        found = BEYOND_THE_DISPATCHER[way](layer.keys)
+    assert type(found) is Tensor
+    assert torch.equal(found, dense(layer)[0])
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "+= of a part": lambda t: t.__setitem__((slice(None), 0), t[:, 0] + 1),
+    "mul_": lambda t: t.mul_(2),
+    "zero_": lambda t: t.zero_(),
+    "copy_": lambda t: t.copy_(torch.zeros(t.shape)),
+    "out=": lambda t: torch.add(t, 1, out=t),
+    "iadd": lambda t: t.__iadd__(1),
+    "relu inplace": lambda t: torch.nn.functional.relu(t, inplace=True),
+    "fill_diagonal_": lambda t: t.masked_fill_(t > 0, 0),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", WRITES)
+def test_writing_to_lazy_states_is_refused(write: str, mode: Any) -> None:
+    layer = filled_layer(380)
+    before = [x.clone() for x in dense(layer)]
+    for name in ("keys", "values"):
+        with mode(), pytest.raises(RuntimeError, match=r"clone\(\) them"):
+            WRITES[write](getattr(layer, name))
+        with pytest.raises(AttributeError, match=r"crop\(\)"):
+            setattr(layer, name, torch.zeros(1))
+    assert all(torch.equal(one, other) for one, other in zip(dense(layer), before))
 
 
 def test_lazy_states_hold_new_tokens_exactly() -> None:

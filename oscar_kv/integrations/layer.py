@@ -53,7 +53,7 @@ class OscarLayer(CacheLayerMixin):
         return None if self.packed is None else LazyStates(AttentionView(self.packed), 0)
 
     @keys.setter
-    def keys(self, states: Any) -> None:
+    def keys(self, states: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         raise AttributeError(_NOT_STORED)
 
     @property
@@ -62,7 +62,7 @@ class OscarLayer(CacheLayerMixin):
         return None if self.packed is None else LazyStates(AttentionView(self.packed), 1)
 
     @values.setter
-    def values(self, states: Any) -> None:
+    def values(self, states: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         raise AttributeError(_NOT_STORED)
 
     @property
@@ -93,16 +93,11 @@ class OscarLayer(CacheLayerMixin):
         self.adopt(packed)
         sources = learning(*given)
         if first:
-            # Only those that hold NaN or Inf are not stored as they are.
-            exact = all(one is other for one, other in zip(states, stored))
-            return (
-                given
-                if exact
-                else tuple(
-                    refuse_gradients(one.to(other.dtype), sources)
-                    for one, other in zip(stored, given)
-                )
-            )
+            # Only tokens that hold NaN or Inf are not stored as they are.
+            if all(one is other for one, other in zip(states, stored)):
+                return given
+            keys, values = (refuse_gradients(x.to(y.dtype), sources) for x, y in zip(stored, given))
+            return keys, values
         in_tail = key_states.shape[2] <= packed.fewest_tail_tokens
         new = (None, None) if in_tail else stored
         dtypes = key_states.dtype, value_states.dtype

@@ -13,6 +13,7 @@ import threading
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Passes:
@@ -20,12 +21,13 @@ class Passes:
 
     Attributes:
         layers: the layers that passes update, ``None`` before the first one.
-        updated: those that the latest pass has updated.
     """
 
     def __init__(self) -> None:
         self.layers: set[int] | None = None
-        self.updated: set[int] = set()
+        self._updated: set[int] = set()
+        self._lent: dict[tuple[int, str], tuple[Tensor, int]] = {}
+        """States that a model was given to update in place, and their versions before."""
         self._kinds: set[tuple[int, str]] = set()
         self._size: tuple[int, int] | None = None
         """Tokens before the latest pass, and new ones, once a layer that counts has them."""
@@ -35,12 +37,19 @@ class Passes:
         self._thread: threading.Thread | None = None
 
     @property
+    def updated(self) -> set[int]:
+        """Layers that the latest pass has updated."""
+        lent = self._lent.items()
+        return self._updated | {layer for (layer, _), (x, old) in lent if x._version != old}
+
+    @property
     def unfinished(self) -> bool:
         """Whether the latest pass has not reached the last layers."""
-        if self._uneven or not self.updated or self.layers is None:
+        updated = self.updated
+        if self._uneven or not updated or self.layers is None:
             return False
-        missing = self.layers - self.updated
-        return bool(missing) and max(self.updated) < min(missing)
+        missing = self.layers - updated
+        return bool(missing) and max(updated) < min(missing)
 
     @property
     def length_before(self) -> int | None:
@@ -78,13 +87,19 @@ class Passes:
             self._uneven |= self._size != (before, new)
         self._thread = threading.current_thread()
         self._kinds.add((layer, kind))
-        self.updated.add(layer)
+        self._updated.add(layer)
+
+    def lend(self, layer: int, kind: str, state: Tensor | None) -> None:
+        """Notes that the model is given a state, which it may update in place."""
+        self._kinds.add((layer, kind))
+        if state is not None and not state.is_inference():
+            self._lent[layer, kind] = state, state._version
 
     def end(self, taken_back: bool = False) -> None:
         """The latest pass is over, or was taken back."""
         if self.layers is not None and not taken_back:
             self.layers |= self.updated
-        self.updated, self._kinds, self._size = set(), set(), None
+        self._updated, self._lent, self._kinds, self._size = set(), {}, set(), None
 
     def require_not_running(self, cache: Any) -> None:
         """Raises RuntimeError if another thread is in the middle of the latest pass."""
@@ -95,7 +110,11 @@ class Passes:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_thread": None}  # of no meaning in a copy or another process
+        return {
+            **self.__dict__,
+            "_thread": None,
+            "_lent": {},
+        }  # of no meaning in a copy or another process
 
 
 def _runs_a_pass(thread: threading.Thread, cache: Any) -> bool:

@@ -147,6 +147,26 @@ class OscarCache(Cache):
         with self._step_of_a_pass(layer_idx, "recurrence"):
             return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
+    @untraced
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """As in Transformers."""
+        return self._lend("convolution", super().get_conv_state, layer_idx, *args, **kwargs)
+
+    @untraced
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """As in Transformers."""
+        return self._lend("recurrence", super().get_recurrent_state, layer_idx, *args, **kwargs)
+
+    def _lend(self, kind: str, get: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """A state, which a model may update in place: that is a step of a pass, too. Where it
+        would leave a graph, it is given an alias."""
+        if self._passes.begins_anew(layer_idx, f"lent {kind}"):
+            self._end_pass()
+        self._require_whole()
+        state = get(layer_idx, *args, **kwargs)
+        self._passes.lend(layer_idx, f"lent {kind}", state)
+        return state.detach() if state is not None and torch.is_grad_enabled() else state
+
     @contextmanager
     def _step_of_a_pass(self, layer_idx: int, kind: str, new: int = 0) -> Iterator[Any]:
         """A layer while it is updated; if that fails, all that the pass has stored is taken back.

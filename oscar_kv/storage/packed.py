@@ -36,6 +36,9 @@ from oscar_kv.storage.states import BATCHED, EXACT, PackedStates, require_dtype
 from oscar_kv.storage.undo import Undo
 from oscar_kv.storage.write import PackFunction, StepFunction, Write, plan_write
 
+_Tail = tuple[slice, Tensor, Tensor]
+"""Rows, and the first keys and values ``[rows, H, T, channels]`` of their tails."""
+
 
 class PackedKV(PackedStates):
     """A batch of quantized sequences, grown by :meth:`append`. Made as :class:`PackedStates` is."""
@@ -150,7 +153,7 @@ class PackedKV(PackedStates):
         except BaseException:  # Ctrl-C, too
             self._sequences, self._undo = before
             if undo is not None:
-                self._put_back(undo)
+                self._write_tails([(slice(None), undo.tail_keys, undo.tail_values)])
             self._sync_lengths()
             raise
         if not self.config.check_finite and keys.shape[2] > self.config.recent_tokens:
@@ -215,26 +218,20 @@ class PackedKV(PackedStates):
             not 0 <= new <= old for new, old in zip(wanted, self.lengths)
         ):
             raise ValueError(f"lengths={lengths!r}: expected values within {self.lengths}")
-        undo, self._undo = self._undo, None
-        if undo is not None and wanted == undo.lengths:
-            self._restore(undo)
-            return
+        if self._undo is not None and wanted == self._undo.lengths:
+            everything = slice(None), self._undo.tail_keys, self._undo.tail_values
+            return self._shrink(self._undo.sequences, [everything])
         shorter, cuts = [], []
         for row, (length, sequence) in enumerate(zip(wanted, self._sequences)):
             sinks = min(sequence.sinks, length)
             whole, rest = divmod(length - sinks, PAGE_TOKENS)
             if whole < len(sequence.pages) and rest:
                 page = self.pool.stored([sequence.pages[whole]]).to(self.device)
-                cuts.append((row, rest, decode_pages(page, self.layout, self.dtype)))
+                states = decode_pages(page, self.layout, self.dtype)
+                cuts.append((slice(row, row + 1), *(x[:, :, :rest] for x in states)))
             pages = sequence.pages[:whole]
             shorter.append(SequenceState(sinks, pages, length - sinks - PAGE_TOKENS * len(pages)))
-        for row, rest, (cut_keys, cut_values) in cuts:
-            self.tail_keys[row, :, :rest] = cut_keys[0, :, :rest]
-            self.tail_values[row, :, :rest] = cut_values[0, :, :rest]
-        longer, self._sequences = self._sequences, shorter
-        for before, sequence in zip(longer, shorter):
-            self.pool.release(before.pages[len(sequence.pages) :])
-        self._sync_lengths()
+        return self._shrink(shorter, cuts)
 
     @owns_tensors
     def select(self, rows: Sequence[int]) -> None:
@@ -370,17 +367,29 @@ class PackedKV(PackedStates):
             self.tail_values[:, :, :tail].clone(),
         )
 
-    def _restore(self, undo: Undo) -> None:
-        self._put_back(undo)
-        grown, self._sequences = self._sequences, undo.sequences
-        for sequence, before in zip(grown, undo.sequences):
-            self.pool.release(sequence.pages[len(before.pages) :])
-        self._sync_lengths()
+    def _shrink(self, shorter: list[SequenceState], tails: list[_Tail]) -> None:
+        """Goes over to shorter sequences, some with another beginning of their tail."""
+        before = self._sequences, self._undo
+        kept = [
+            (rows, self.tail_keys[rows, :, :n].clone(), self.tail_values[rows, :, :n].clone())
+            for rows, n in ((rows, keys.shape[2]) for rows, keys, _ in tails)
+        ]
+        try:
+            self._write_tails(tails)
+            self._sequences, self._undo = shorter, None
+            self._sync_lengths()
+        except BaseException:  # Ctrl-C, too
+            self._sequences, self._undo = before
+            self._write_tails(kept)
+            self._sync_lengths()
+            raise
+        for earlier, now in zip(before[0], shorter):
+            self.pool.release(earlier.pages[len(now.pages) :])
 
-    def _put_back(self, undo: Undo) -> None:
-        tail = undo.tail_keys.shape[2]
-        self.tail_keys[:, :, :tail] = undo.tail_keys
-        self.tail_values[:, :, :tail] = undo.tail_values
+    def _write_tails(self, tails: list[_Tail]) -> None:
+        for rows, keys, values in tails:
+            self.tail_keys[rows, :, : keys.shape[2]] = keys
+            self.tail_values[rows, :, : values.shape[2]] = values
 
     def _release_reserved(self) -> None:
         self._device_leads = False
