@@ -6,6 +6,7 @@ the packed pages behind them; everything else goes where ``"sdpa"`` would go.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -85,6 +86,10 @@ def oscar_attention_forward(
     if (bias := kwargs.get("position_bias")) is not None:
         attention_mask = _biased(bias, attention_mask, query, key)
     if view is not None:
+        if attention_mask is not None:
+            if view.sinks:
+                _warn_of_padding(attention_mask, view.sinks)
+            attention_mask = view.mask_of_held(attention_mask)
         with torch.no_grad():
             out = extend_attention(
                 query,
@@ -139,6 +144,17 @@ def oscar_mask(
         allow_is_causal_skip=allow_is_causal_skip and no_spare_keys,
         **kwargs,
     )
+
+
+def _warn_of_padding(mask: Tensor, sinks: int) -> None:
+    first = mask[:, :, -1, 0]
+    hidden = ~first if mask.dtype == torch.bool else first < torch.finfo(mask.dtype).min / 2
+    if hidden.any():
+        warnings.warn(
+            f"sink_tokens={sinks} keeps left padding in full precision instead of the first tokens "
+            "behind it: give its length, OscarCache(..., starts=(attention_mask == 0).sum(-1))",
+            stacklevel=2,
+        )
 
 
 def _packed_view(query: Tensor, key: Tensor, value: Tensor) -> AttentionView | None:

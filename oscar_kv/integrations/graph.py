@@ -55,7 +55,8 @@ class DecodeGraph:
         cache: holds the prompt, and has room for what is to come (``reserve``), by the first call.
             Other caches than ours need an ``update`` that a graph can capture, ``advance(tokens)``,
             and to grow by this graph alone.
-        starts: int ``[B]``, tokens of left padding of each sequence, if there is any.
+        starts: int ``[B]``, tokens of left padding of each sequence, if there is any; those of the
+            cache if omitted.
 
     Raises:
         ValueError: if the model cannot be captured.
@@ -151,7 +152,7 @@ class DecodeGraph:
                     raise ValueError("the cache has no room left: call reserve() first")
             for layer in self.cache.layers:
                 if isinstance(layer, OscarLayer):
-                    layer.starts = self.starts
+                    self._see_from_the_start(layer)
         self._ids = ids.clone()
         self._positions = torch.empty_like(ids)
         self._set_positions()
@@ -162,6 +163,13 @@ class DecodeGraph:
             self._places, self._most_pages = _places(layers), layers[0].most_pages
             self._version = layers[0].version
         return logits
+
+    def _see_from_the_start(self, layer: OscarLayer) -> None:
+        """Has a layer see what is no padding, of which it holds all or, if it was told, none."""
+        padding = torch.tensor(layer.padding, dtype=torch.int32, device=self.model.device)
+        if self.starts is None and any(layer.padding):
+            self.starts = padding
+        layer.visible_from = None if self.starts is None else self.starts - padding
 
     def _warm_up(self) -> Tensor:
         side = torch.cuda.Stream(self.model.device)

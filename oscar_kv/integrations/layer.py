@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from oscar_kv.config import OscarConfig
 from oscar_kv.integrations.lazy import AttentionView, LazyStates, learning, refuse_gradients
 from oscar_kv.kernels import append
+from oscar_kv.storage.checks import zero_nonfinite
 from oscar_kv.storage.offload import StagingByDevice
 from oscar_kv.storage.packed import PackedKV
 
@@ -28,6 +29,7 @@ class OscarLayer(CacheLayerMixin):
         config: what is quantized and how.
         max_tokens: makes room for sequences of this length up front.
         staging: what offloaded pages come to; pages stay on the device if omitted.
+        starts: tokens of left padding of each sequence, which are not stored.
     """
 
     is_sliding = False
@@ -37,20 +39,28 @@ class OscarLayer(CacheLayerMixin):
         config: OscarConfig,
         max_tokens: int | None = None,
         staging: StagingByDevice | None = None,
+        starts: list[int] | None = None,
     ) -> None:
         # not super().__init__(): it would set keys and values, which are computed here
         self.is_initialized = False
         self.config = config
         self.max_tokens = max_tokens
         self.staging = staging
+        self.starts = starts or []
         self.packed: PackedKV | None = None
-        self.starts: Tensor | None = None
-        """int32 ``[B]``: first visible positions, for steps without a mask."""
+        self.padding: list[int] = []
+        """Tokens of left padding that each sequence was given and does not hold."""
+        self._starts: list[int] = []
+        """How many it will be given in all."""
+        self.visible_from: Tensor | None = None
+        """int32 ``[B]``: first visible tokens of those it holds, for steps without a mask."""
+        self._unseen_sinks = 0
+        """Tokens kept in full precision that no mask has shown yet: they may be padding."""
 
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """All keys, dequantized once they are used; ``None`` in an empty layer."""
-        return None if self.packed is None else LazyStates(AttentionView(self.packed), 0)
+        return None if self.packed is None else LazyStates(self._view(self.packed), 0)
 
     @keys.setter
     def keys(self, states: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -59,7 +69,7 @@ class OscarLayer(CacheLayerMixin):
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """All values, dequantized once they are used; ``None`` in an empty layer."""
-        return None if self.packed is None else LazyStates(AttentionView(self.packed), 1)
+        return None if self.packed is None else LazyStates(self._view(self.packed), 1)
 
     @values.setter
     def values(self, states: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -71,6 +81,7 @@ class OscarLayer(CacheLayerMixin):
         return self.config.recent_tokens > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        _require_four_dimensions(key_states, value_states)
         self.adopt(self._empty(key_states, value_states))
 
     def update(
@@ -86,28 +97,49 @@ class OscarLayer(CacheLayerMixin):
             ValueError, TypeError: as :meth:`PackedKV.append`.
         """
         given = key_states, value_states
-        first = self.packed is None or self.packed.max_length == 0
-        packed = self._empty(*given) if first else self._widened(*given)
-        states = [one.to(packed.dtype) for one in given]
-        stored = append(packed, *states)
-        self.adopt(packed)
+        _require_four_dimensions(*given)
+        before = self.get_seq_length()
+        packed = self._widened(*given) if before else self._empty(*given)
+        states = key_states.to(packed.dtype), value_states.to(packed.dtype)
+        skipped = self._padding_among(key_states, before)
+        stored = _append_real(packed, *states, skipped) if any(skipped) else append(packed, *states)
+        self.adopt(packed, [a + b for a, b in zip(self.padding, skipped)] if before else skipped)
         sources = learning(*given)
-        if first:
+        if not before:
+            self._unseen_sinks = 0 if self.starts else packed.config.sink_tokens
             # Only tokens that hold NaN or Inf are not stored as they are.
             if all(one is other for one, other in zip(states, stored)):
                 return given
             keys, values = (refuse_gradients(x.to(y.dtype), sources) for x, y in zip(stored, given))
             return keys, values
-        in_tail = key_states.shape[2] <= packed.fewest_tail_tokens
-        new = (None, None) if in_tail else stored
+        in_tail = key_states.shape[2] - min(skipped) <= packed.fewest_tail_tokens
+        new = (None, None) if in_tail or any(skipped) else stored
         dtypes = key_states.dtype, value_states.dtype
-        return LazyStates.pair(AttentionView(packed, *new, self.starts, dtypes, sources))
+        view = self._view(packed, *new, dtypes=dtypes, sources=sources, sinks=self._unseen_sinks)
+        self._unseen_sinks = 0
+        return LazyStates.pair(view)
+
+    def _view(self, packed: PackedKV, *new: Tensor | None, **more: Any) -> AttentionView:
+        return AttentionView(packed, *new, starts=self.visible_from, padding=self.padding, **more)
+
+    def _padding_among(self, states: Tensor, before: int) -> list[int]:
+        """How many of the new tokens of each sequence are left padding."""
+        batch, _, new, _ = states.shape
+        if not before:
+            starts = self.starts or [0]
+            if batch % len(starts):
+                raise ValueError(f"starts={starts}: expected one for each of {batch} sequences")
+            # Beam search, for one, repeats every prompt before a cache sees it.
+            self._starts = [start for start in starts for _ in range(batch // len(starts))]
+        return [min(max(start - before, 0), new) for start in self._starts]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.packed is None else self.packed.max_length
+        if self.packed is None:
+            return 0
+        return max(length + lost for length, lost in zip(self.packed.lengths, self.padding))
 
     def get_max_length(self) -> int:
         return -1
@@ -121,7 +153,8 @@ class OscarLayer(CacheLayerMixin):
             self.packed.pool.prefetch()
 
     def reset(self) -> None:
-        self.packed, self.is_initialized, self.starts = None, False, None
+        self.packed, self.is_initialized = None, False
+        self.padding, self._starts, self.visible_from = [], [], None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest ``-tokens_to_remove`` tokens; see :meth:`PackedKV.crop`.
@@ -134,34 +167,34 @@ class OscarLayer(CacheLayerMixin):
             raise ValueError(
                 f"crop({tokens_to_remove}): expected a negative number of tokens to remove"
             )
-        if self.packed is not None and tokens_to_remove:
-            lengths = self.packed.lengths
-            if -tokens_to_remove > min(lengths):
-                raise ValueError(f"crop({tokens_to_remove}): there are {min(lengths)} tokens")
-            self.packed.crop([length + tokens_to_remove for length in lengths])
+        if self.packed is None or not tokens_to_remove:
+            return
+        length = self.get_seq_length() + tokens_to_remove
+        if length < 0:
+            raise ValueError(f"crop({tokens_to_remove}): there are {self.get_seq_length()} tokens")
+        padding = [min(lost, length) for lost in self.padding]
+        self.packed.crop([length - lost for lost in padding])
+        self.padding = padding
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.packed is not None:
-            self.packed.select(beam_idx.tolist())
+        self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"batch_repeat_interleave({repeats!r}): expected a positive integer")
-        if self.packed is not None:
-            rows = range(self.packed.batch_size)
-            self.packed.select([row for row in rows for _ in range(repeats)])
+        self._select([row for row in range(len(self.padding)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.packed is not None:
-            rows = torch.arange(self.packed.batch_size)
-            self.packed.select(rows[indices.cpu()].tolist())
+            self._select(torch.arange(len(self.padding))[indices.cpu()].tolist())
+
+    def _select(self, rows: list[int]) -> None:
+        if self.packed is not None:
+            self.packed.select(rows)
+            self.padding = [self.padding[row] for row in rows]
+            self._starts = [self._starts[row] for row in rows]
 
     def _empty(self, key_states: Tensor, value_states: Tensor) -> PackedKV:
-        for name, states in (("keys", key_states), ("values", value_states)):
-            if states.ndim != 4:
-                raise ValueError(
-                    f"{name} of shape {tuple(states.shape)}: expected [B, H, T, channels]"
-                )
         batch, heads, _, head_dim = key_states.shape
         value_dim = value_states.shape[3]
         return PackedKV(
@@ -182,10 +215,35 @@ class OscarLayer(CacheLayerMixin):
         self.packed.widen(_widest(self.packed.tail_keys, key_states, value_states))
         return self.packed
 
-    def adopt(self, packed: PackedKV) -> None:
-        """Makes ``packed`` what this layer holds, and its config that of the layer."""
+    def adopt(self, packed: PackedKV, padding: list[int] | None = None) -> None:
+        """Makes ``packed`` what this layer holds, and its config that of the layer.
+
+        Args:
+            padding: tokens of left padding of each sequence that are not in it; none if omitted.
+        """
         self.packed, self.config, self.is_initialized = packed, packed.config, True
+        self.padding = [0] * packed.batch_size if padding is None else padding
+        self._starts = self._starts or self.padding
         self.dtype, self.device = packed.dtype, packed.device
+
+
+def _append_real(
+    packed: PackedKV, keys: Tensor, values: Tensor, skipped: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Appends what follows the first ``skipped`` new tokens of each sequence; returns all, as
+    :meth:`PackedKV.append` does."""
+    rolled = (
+        torch.stack([one.roll(-skip, 1) for one, skip in zip(states, skipped)])
+        for states in (keys.detach(), values.detach())
+    )
+    append(packed, *rolled, lengths=[keys.shape[2] - skip for skip in skipped])
+    return (keys, values) if packed.config.check_finite else zero_nonfinite(keys, values)
+
+
+def _require_four_dimensions(keys: Tensor, values: Tensor) -> None:
+    for name, states in (("keys", keys), ("values", values)):
+        if states.ndim != 4:
+            raise ValueError(f"{name} of shape {tuple(states.shape)}: expected [B, H, T, channels]")
 
 
 def _widest(*states: Tensor) -> torch.dtype:

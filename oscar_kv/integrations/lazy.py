@@ -7,6 +7,7 @@ other operation sees the dequantized states.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,7 +30,9 @@ class AttentionView:
         new_keys: exact keys ``[B, H, Tq, D]`` of the new tokens, where some of them are already
             quantized in ``packed``.
         new_values: their values.
-        starts: int ``[B]``, first visible position of each sequence, where no mask tells.
+        starts: int ``[B]``, first visible token of each sequence, where no mask tells.
+        padding: tokens of left padding that come before what ``packed`` holds of each sequence.
+        sinks: first tokens kept in full precision that may be left padding, as far as one knows.
         dtypes: of keys and values as others see them; that of ``packed`` if omitted.
         sources: what a gradient would have to reach; none comes through.
     """
@@ -38,6 +41,8 @@ class AttentionView:
     new_keys: Tensor | None = None
     new_values: Tensor | None = None
     starts: Tensor | None = None
+    padding: Sequence[int] = ()
+    sinks: int = 0
     dtypes: tuple[torch.dtype, torch.dtype] | None = None
     sources: tuple[Tensor, ...] = ()
     lengths: list[int] = field(init=False)
@@ -53,6 +58,21 @@ class AttentionView:
                 f"{self.packed.lengths} now: use them before the next update"
             )
 
+    @property
+    def length(self) -> int:
+        """Tokens of every sequence, left padding included."""
+        return max(map(sum, zip(self.lengths, self.padding))) if self.padding else max(self.lengths)
+
+    def mask_of_held(self, mask: Tensor) -> Tensor:
+        """What a mask ``[B or 1, Hq or 1, Tq, T]`` of all tokens says of those in ``packed``."""
+        if not any(self.padding):
+            return mask
+        column = torch.arange(self.packed.max_length, device=mask.device)
+        moved = column + torch.tensor(self.padding, device=mask.device)[:, None]
+        moved = moved.clamp_max(mask.shape[-1] - 1)[:, None, None]  # beyond a shorter sequence
+        shape = len(self.padding), *mask.shape[1:3], -1
+        return mask.expand(*shape).gather(-1, moved.expand(*shape))
+
     def dtype(self, part: int) -> torch.dtype:
         """Of the keys (0) or the values (1)."""
         return self.packed.dtype if self.dtypes is None else self.dtypes[part]
@@ -64,10 +84,19 @@ class AttentionView:
         with outside_inference_mode():
             dense = []
             for part, states in enumerate(self.packed.dense()):
+                if any(self.padding):
+                    states = self._behind_padding(states)
                 if (new := (self.new_keys, self.new_values)[part]) is not None:
                     states[:, :, -new.shape[2] :] = new.detach()
                 dense.append(refuse_gradients(states.to(self.dtype(part)), self.sources))
         return dense[0], dense[1]
+
+    def _behind_padding(self, held: Tensor) -> Tensor:
+        batch, heads, _, channels = held.shape
+        states = held.new_zeros(batch, heads, self.length, channels)
+        for row, (length, lost) in enumerate(zip(self.lengths, self.padding)):
+            states[row, :, lost : lost + length] = held[row, :, :length]
+        return states
 
 
 class LazyStates(Tensor):
@@ -84,7 +113,7 @@ class LazyStates(Tensor):
     def __new__(cls, view: AttentionView, part: int) -> LazyStates:
         packed = view.packed
         channels = (packed.layout.head_dim, packed.layout.value_dim)[part]
-        shape = (packed.batch_size, packed.layout.num_kv_heads, packed.max_length, channels)
+        shape = (packed.batch_size, packed.layout.num_kv_heads, view.length, channels)
         lazy = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             cls, shape, dtype=view.dtype(part), device=packed.device
         )

@@ -10,7 +10,7 @@ with ``attn_implementation="oscar"`` the model attends straight from the packed 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ from oscar_kv.integrations.models import (
     require_usable_cache,
 )
 from oscar_kv.integrations.passes import Passes
+from oscar_kv.storage.checks import as_integers
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.offload import StagingByDevice
 from oscar_kv.storage.ownership import outside_inference_mode
@@ -51,6 +52,8 @@ class OscarCache(Cache):
             most precisely (``oscar-kv diagnose`` names them). With the same full-precision tokens.
         max_tokens: makes room for sequences of this length up front; memory grows as needed if
             omitted.
+        starts: tokens of left padding of each sequence of a batch. They are then not stored, and
+            ``sink_tokens`` counts from the first token behind them.
         offloading: keep pages in CPU memory; those of a layer come to its device while the layer
             before it computes. What is not quantized stays on the device.
 
@@ -67,6 +70,7 @@ class OscarCache(Cache):
         *,
         layers: Mapping[int, OscarConfig] | None = None,
         max_tokens: int | None = None,
+        starts: Tensor | Sequence[int] | None = None,
         offloading: bool = False,
     ) -> None:
         if not isinstance(model_config, PreTrainedConfig):
@@ -87,6 +91,7 @@ class OscarCache(Cache):
             raise TypeError("the model is float64: expected float16, bfloat16 or float32")
         if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
             raise ValueError(f"max_tokens={max_tokens!r}: expected a positive integer")
+        padding = _numbers_of_padding(starts)
         require_usable_cache(model_config)
         self.made_for = identity(model_config)
         """Fields of the model's config by which a file tells whose cache it holds."""
@@ -99,7 +104,7 @@ class OscarCache(Cache):
             own = others.pop(index, config)
             if head_dim := head_dim_of(layer_config):
                 PageLayout(own, head_dim, 1)  # raises for a size without a layout
-            made.append(OscarLayer(own, max_tokens, self.staging))
+            made.append(OscarLayer(own, max_tokens, self.staging, padding))
         if others:
             raise ValueError(f"layers={sorted(others)}: no full-attention layers of this model")
         super().__init__(layers=made)  # whose offloading moves whole layers, both ways each time
@@ -242,9 +247,15 @@ class OscarCache(Cache):
                 self._torn = True
         self._passes.end(taken_back=True)
 
-    def reset(self) -> None:
-        """Forgets every token, and whatever has failed."""
+    def reset(self, starts: Tensor | Sequence[int] | None = None) -> None:
+        """Forgets every token, and whatever has failed.
+
+        Args:
+            starts: left padding of the sequences to come; those known so far are forgotten, too.
+        """
         super().reset()
+        for layer in self._quantized():
+            layer.starts = _numbers_of_padding(starts)
         self._passes, self._torn = Passes(), False
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):
@@ -354,6 +365,13 @@ class OscarCache(Cache):
         """How many of these are in CPU memory because of ``offloading``."""
         held = [layer.packed for layer in self._quantized() if layer.packed is not None]
         return sum(packed.pool.host_nbytes for packed in held)
+
+
+def _numbers_of_padding(starts: Tensor | Sequence[int] | None) -> list[int]:
+    numbers = [] if starts is None else as_integers("starts", list(starts))
+    if any(number < 0 for number in numbers):
+        raise ValueError(f"starts={numbers}: expected numbers of tokens")
+    return numbers
 
 
 attention_function.register()
