@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, tokens
+from families import FAMILIES, Family, each_family, tokens
 from transformers import LlamaConfig
 
 from oscar_kv import OscarConfig
@@ -61,3 +61,62 @@ def test_unknown_layer_type() -> None:
     config.layer_types = ["telepathy", "full_attention"]
     with pytest.raises(ValueError, match="unknown layer type 'telepathy'"):
         OscarCache(config)
+
+
+def test_prefix_tuning_is_told_why_it_gets_no_cache() -> None:
+    """PEFT reads this of a cache before it drops it."""
+    cache = OscarCache(FAMILIES["Llama"].config())
+    assert not hasattr(cache, "max_cache_len")
+    with pytest.raises(AttributeError, match="prefix tuning"):
+        _ = cache.max_cache_len
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layers": [1]}, TypeError, r"layers=\[1\]: expected a dict"),
+        ({"layers": {1: "high"}}, TypeError, "config is a str"),
+        ({"starts": [-1]}, ValueError, r"starts=\[-1\]"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        OscarCache(FAMILIES["Llama"].config(), **arguments)
+
+
+@torch.no_grad()
+def test_changes_that_cannot_be_made_are_named_and_change_nothing() -> None:
+    model = FAMILIES["Llama"].model("oscar")
+    cache = OscarCache(model.config)
+    model(tokens(2, 300), past_key_values=cache)
+    changes: list[tuple[str, Any, str]] = [
+        ("crop", -400, r"crop\(-400\): there are 300 tokens"),
+        ("crop", 5, r"crop\(5\): expected a negative number"),
+        ("batch_repeat_interleave", 0, r"batch_repeat_interleave\(0\)"),
+        ("batch_select_indices", [2], "out of bounds"),
+        ("reorder_cache", torch.tensor([0, 2]), r"rows=\[0, 2\]"),
+    ]
+    for method, argument, message in changes:
+        with pytest.raises((ValueError, IndexError), match=message):
+            getattr(cache, method)(argument)
+    assert cache.get_seq_length() == 300
+    cache.batch_select_indices([1])  # pyright: ignore[reportArgumentType]  (as DynamicCache)
+    assert model(tokens(1, 1), past_key_values=cache).logits.shape[0] == 1
+
+
+@torch.no_grad()
+@each_family("Gemma3Text", "GptOss", "Qwen3Next", "Lfm2", "Llama4Text")
+def test_what_a_hybrid_refuses_leaves_every_layer_as_it_was(family: Family) -> None:
+    model, ids = family.model("oscar"), tokens(2, 70)
+    cache, untouched = (OscarCache(model.config) for _ in range(2))
+    for one in (cache, untouched):
+        model(ids[:, :60], past_key_values=one)
+    with pytest.raises((ValueError, RuntimeError)):
+        cache.crop(-5)  # beyond the window, or of a recurrence
+    if family.has_recurrence:
+        with pytest.raises(ValueError, match="batch_repeat_interleave"):
+            cache.batch_repeat_interleave(2)
+    found, wanted = (model(ids[:, 60:], past_key_values=one).logits for one in (cache, untouched))
+    assert torch.equal(found, wanted)

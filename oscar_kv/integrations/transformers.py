@@ -337,6 +337,13 @@ class OscarCache(Cache):
         return packed
 
     @property
+    def max_cache_len(self) -> int:
+        raise AttributeError(
+            "an OscarCache grows and has no max_cache_len. PEFT's prefix tuning asks for it to put "
+            "a full-precision cache of its own in the place of this one: use LoRA or prompt tuning"
+        )
+
+    @property
     def stored_as_zeros(self) -> Tensor:
         """int32 scalar on the device: how often NaN or Inf was stored as zeros by a kernel."""
         return torch.cat([packed.nonfinite for packed in self.packed_layers()]).sum()
