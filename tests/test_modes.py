@@ -3,6 +3,7 @@ with the modes mixed over one cache."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from families import Family, each_family, page_counts, tokens
+from support import tiny_model
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
-from oscar_kv import OscarCache, OscarConfig
+from oscar_kv import OscarCache, OscarConfig, OscarEncoderDecoderCache
 
 Modes = list[Callable[[], AbstractContextManager[Any]]]
 
@@ -82,3 +84,27 @@ def test_prompt_lookup_in_every_mode(family: Family, implementation: str) -> Non
                 cache.reset()
                 said.append(model.generate(ids, past_key_values=cache, **arguments).tolist())
     assert all(one == said[0] for one in said)
+
+
+@pytest.mark.parametrize("implementation", ["oscar", "sdpa", "eager"])
+def test_modes_mix_over_what_a_decoder_reads_of_the_encoder(implementation: str) -> None:
+    model = tiny_model("BartForConditionalGeneration")
+    model.set_attn_implementation(implementation)
+    ids, steps = tokens(1, 30), tokens(1, 12)
+    said = []
+    for first in range(4):
+        cache: Any = (
+            EncoderDecoderCache(DynamicCache(), DynamicCache())
+            if first == 3
+            else OscarEncoderDecoderCache(model.config, EXACT)
+        )
+        for number, part in enumerate(steps.split(3, 1)):
+            mode = torch.no_grad if first == 3 else MODES["mixed"][(first + number) % 3]
+            with mode():
+                inputs = {"input_ids": ids, "decoder_input_ids": part}
+                last = model(**inputs, past_key_values=cache).logits[:, -1]
+            if number == 3:
+                with torch.no_grad():
+                    said.append(last.detach().clone())
+        copy.deepcopy(cache)
+    assert all((one - said[3]).abs().max() < TOLERANCE for one in said)

@@ -111,6 +111,13 @@ def test_generate_with_the_config_of_a_larger_model(implementation: str) -> None
     assert said[0] == said[1]
 
 
+@torch.no_grad()
+def test_the_config_of_a_smaller_model_is_named() -> None:
+    model = llama()
+    with pytest.raises(IndexError, match=r"layer 3: this cache was made for 3 layers"):
+        model(tokens(1, 20), past_key_values=OscarCache(config(3)))
+
+
 def filled_by_hand(order: list[tuple[int, int, int]]) -> Any:
     """A cache given tokens ``begin:end`` of layer ``index``, in this order."""
     cache = OscarCache(config(), EXACT)

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.config import OscarConfig
+from oscar_kv.integrations.layer import drop_graph
 from oscar_kv.integrations.transformers import OscarCache
+from oscar_kv.storage.ownership import outside_inference_mode
+
+
+class _EncoderStates(DynamicCache):
+    """What a decoder reads of the encoder, whatever mode it was computed in."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        with outside_inference_mode():
+            states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        drop_graph(self.layers[layer_idx])
+        return states
 
 
 class OscarEncoderDecoderCache(EncoderDecoderCache):
@@ -49,7 +65,7 @@ class OscarEncoderDecoderCache(EncoderDecoderCache):
         decoder.is_encoder_decoder = False
         super().__init__(
             OscarCache(decoder, config, layers=layers, max_tokens=max_tokens),
-            DynamicCache(config=decoder),
+            _EncoderStates(config=decoder),
         )
 
     def check_dynamic_cache(self, method: str) -> None:

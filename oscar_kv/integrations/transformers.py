@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.config import OscarConfig
@@ -179,6 +179,11 @@ class OscarCache(Cache):
         Transformers' own layers keep what they are given: outside of inference mode, so that they
         can be updated outside of it, too, and without the graph that the states came from.
         """
+        if layer_idx >= len(self.layers):
+            raise IndexError(
+                f"layer {layer_idx}: this cache was made for {len(self.layers)} layers; make one "
+                "from the config of the model that runs"
+            )
         layer: Any = self.layers[layer_idx]
         passes = self._passes
         if isinstance(layer, ImageLayer):  # stored once, not in every pass
@@ -190,7 +195,8 @@ class OscarCache(Cache):
         if passes.layers is None:
             passes.layers = {index for index, one in enumerate(self.layers) if holds_states(one)}
         self._require_whole()
-        before = layer.get_seq_length() if kind == "states" else None
+        counts = kind == "states" and isinstance(layer, CacheLayerMixin)
+        before = layer.get_seq_length() if counts else None
         try:
             passes.record(layer_idx, kind, before, new)
         except ValueError:
@@ -223,7 +229,7 @@ class OscarCache(Cache):
         """Columns of a mask for so many queries, and the position of the first one."""
         self._require_whole()
         self._passes.mask_asked_for()
-        if isinstance(self.layers[layer_idx], OscarLayer):
+        if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], OscarLayer):
             return self.get_seq_length(layer_idx) + query_length, 0
         return super().get_mask_sizes(query_length, layer_idx)
 
