@@ -128,7 +128,7 @@ class Conversation:
         if not self.messages:
             raise ValueError("nothing was said yet")
         if self.preset != FULL_PRECISION:
-            save_cache(self._oscar_cache(), _beside(path))
+            save_cache(self._oscar_cache(), _beside(path), self.loaded.model)
         state = {"system": self.system, "messages": self.messages, "ids": self.ids}
         Path(path).write_text(json.dumps(state, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -150,8 +150,7 @@ class Conversation:
             raise ValueError(f"{path}: not a conversation ({error})") from error
         cache = None
         if self.preset != FULL_PRECISION and _beside(path).is_file():
-            model = self.loaded.model
-            cache = load_cache(_beside(path), model.config, model.device)
+            cache = load_cache(_beside(path), self.loaded.model)
             wanted = _configs(self._oscar_cache())
             if cache.get_seq_length() != len(ids) or _configs(cache) != wanted:
                 cache = None

@@ -5,6 +5,8 @@ A few classes of each kind by default; the others are ``slow`` (``make test-all`
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -84,6 +86,20 @@ def test_layers_of_a_decoder_have_configs_of_their_own() -> None:
     configs = [packed.config for packed in cache.self_attention_cache.packed_layers()]
     assert configs == [OscarConfig(), OscarConfig.high()]
     assert not any(isinstance(x, OscarLayer) for x in cache.cross_attention_cache.layers)
+
+
+@torch.no_grad()
+def test_memory_of_an_encoder_decoder_cache() -> None:
+    model = tiny_model("T5ForConditionalGeneration")
+    cache = OscarEncoderDecoderCache(model.config)
+    assert cache.nbytes == 0
+    ids = torch.ones(1, 5, dtype=torch.long)
+    model(input_ids=ids, decoder_input_ids=ids, past_key_values=cache)
+    layers: Any = cache.cross_attention_cache.layers
+    memory = cache.memory()
+    assert memory.pop("encoder") == sum(x.keys.nbytes + x.values.nbytes for x in layers) > 0
+    assert memory == cache.self_attention_cache.memory()
+    assert cache.nbytes == sum(cache.memory().values())
 
 
 def test_encoder_decoder_cache_can_be_cropped() -> None:
