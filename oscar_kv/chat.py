@@ -93,7 +93,8 @@ class Conversation:
         wanted = self._encode([*self.messages, question])
         check_length(self.loaded.model.config, len(wanted), max_new_tokens)
         self._keep(_common_prefix(self.ids, wanted[:-1]))
-        new = torch.tensor([wanted[len(self.ids) :]], device=self.loaded.model.device)
+        ids = torch.tensor([wanted], device=self.loaded.model.device)
+        before, new = ids[:, : len(self.ids)], ids[:, len(self.ids) :]
         stream = continuation(
             self.loaded.model,
             new,
@@ -102,6 +103,7 @@ class Conversation:
             temperature,
             graph=self._graph,
             spare=SPARE_TOKENS,
+            before=before,
         )
         generated: list[int] = []
         answer = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -39,8 +40,31 @@ class ImageLayer(DynamicLayer):
 _WITHOUT_KV_CACHE = ("minimax", "openai-gpt", "reformer", "rwkv", "xlm", "xlnet", "xlstm")
 
 
+# Have two sets of RoPE frequencies, by the length of the text. Once it outgrows the first, their
+# `prepare_inputs_for_generation` drops the cache and reads everything again. The last two are
+# names of code on the hub.
+_TWO_ROPES = ("phi3", "phi4_multimodal", "phimoe", "phi3_v", "phi4mm")
+
+
+class DroppedCacheWarning(UserWarning):
+    """``generate`` drops the cache that it is given when a text grows long."""
+
+
+def reread_beyond(model_config: PreTrainedConfig) -> int | None:
+    """The length beyond which a text that the model has read has to be read again, from its first
+    token, as its keys are made for shorter texts; ``None`` for most models."""
+    limit = getattr(model_config, "original_max_position_embeddings", None)
+    longest = getattr(model_config, "max_position_embeddings", None)
+    if model_config.model_type not in _TWO_ROPES or limit is None or longest is None:
+        return None
+    return limit if limit < longest else None
+
+
 def require_usable_cache(model_config: PreTrainedConfig) -> None:
-    """Raises ValueError for a model that would ignore its cache, or misread it."""
+    """Raises ValueError for a model that would ignore its cache, or misread it.
+
+    Warns of one that drops it later.
+    """
     name = model_config.model_type
     if model_config.is_encoder_decoder:
         # Given a plain cache, most decoders would store the encoder's states as their own.
@@ -51,6 +75,14 @@ def require_usable_cache(model_config: PreTrainedConfig) -> None:
         # generate() may then feed, and the cache store, the whole sequence in every step.
         raise ValueError(
             "model.config.use_cache is False: expected True, here and in model.generation_config"
+        )
+    if limit := reread_beyond(model_config):
+        warnings.warn(
+            f"generate() of {name} drops a cache of up to {limit} tokens once the text is longer, "
+            "and goes on with one in full precision. Read a long prompt into the cache before: "
+            "model(input_ids[:, :-1], past_key_values=cache) under torch.no_grad()",
+            DroppedCacheWarning,
+            stacklevel=3,
         )
 
 
