@@ -14,7 +14,8 @@ export GOMP_SPINCOUNT ?= 3000
 # It imports a private module that filelock 4 no longer has.
 LMMS_EVAL := lmms-eval==0.7.3 decord loguru tenacity "filelock<4"
 
-# The oldest Transformers that pyproject.toml accepts.
+# The tested range of Transformers: pyproject.toml has the oldest, integrations/versions.py both.
+NEWEST_TRANSFORMERS := 5.24.0
 OLDEST_TRANSFORMERS := 5.17.0
 
 # A vLLM that runs without a GPU, in an environment of its own.
@@ -30,7 +31,8 @@ VLLM_CUDA_DIR := .vllm-cuda
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH) -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH) \
+		transformers==$(NEWEST_TRANSFORMERS) -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(LMMS_EVAL)
 	touch $@
 

@@ -25,7 +25,12 @@ from transformers.utils import logging
 
 from oscar_kv.integrations.graph import DecodeGraph, require_kernels
 from oscar_kv.integrations.layer import OscarLayer, layer_memory
-from oscar_kv.integrations.models import DroppedCacheWarning, cache_layers, reread_beyond
+from oscar_kv.integrations.models import (
+    DroppedCacheWarning,
+    cache_argument,
+    cache_layers,
+    reread_beyond,
+)
 from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.planner import layer_shape
 from oscar_kv.storage.layout import PageLayout
@@ -195,7 +200,9 @@ def continuation(
     """
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end])
-    last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
+    if model._supports_logits_to_keep():
+        options["logits_to_keep"] = 1
     limit = reread_beyond(model.config)
     ids, text = prompt, prompt if before is None else torch.cat([before, prompt], 1)
     step = 0  # since the text was read
@@ -213,8 +220,7 @@ def continuation(
                     graph.reserve(max_new_tokens, spare)
                 logits = graph(ids)
             else:
-                output = model(ids, past_key_values=cache, use_cache=True, **last_only)
-                logits = output.logits[:, -1]
+                logits = model(ids, **options).logits[:, -1]
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"out of memory: {error}") from error
         if temperature:

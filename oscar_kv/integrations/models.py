@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -29,6 +30,14 @@ def cache_layers(model_config: PreTrainedConfig) -> list[tuple[Any, Any]]:
     layers = [ImageLayer() if i in image_layers else layer for i, layer in enumerate(layers)]
     configs = getattr(text, "per_layer_config", None) or [text] * len(layers)
     return list(zip(layers, configs))
+
+
+def cache_argument(model: Any) -> str:
+    """What ``model`` and its ``generate`` call the cache among their arguments.
+
+    ``cache`` from Transformers 5.24 on, which deprecates ``past_key_values``.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class ImageLayer(DynamicLayer):

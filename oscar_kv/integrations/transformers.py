@@ -33,6 +33,7 @@ from oscar_kv.integrations.models import (
 )
 from oscar_kv.integrations.passes import Passes
 from oscar_kv.storage.checks import as_integers
+from oscar_kv.integrations.versions import warn_if_untested
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.offload import StagingByDevice
 from oscar_kv.storage.ownership import outside_inference_mode
@@ -382,3 +383,4 @@ def _numbers_of_padding(starts: Tensor | Sequence[int] | None) -> list[int]:
 
 
 attention_function.register()
+warn_if_untested()
