@@ -21,6 +21,7 @@ SUBSET = (
     "BartForConditionalGeneration",
     "BloomForCausalLM",  # attention of its own
     "DeepseekV3ForCausalLM",  # latent attention
+    "DoryForCausalLM",  # layers that run twice, each time with a cache layer of its own
     "FalconMambaForCausalLM",  # nothing to quantize
     "Gemma3ForConditionalGeneration",
     "GitForCausalLM",  # adds masks to scores, under any name of an attention
