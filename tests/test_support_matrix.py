@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import class_names, examine, oscar_cache, tiny_model
+from support import class_names, examine, examine_model, oscar_cache, tiny_model
 from support_matrix import documented, documented_version, row
+from tiny_inputs import inputs_for
 from transformers import DynamicCache, EncoderDecoderCache
 
 from oscar_kv import OscarCache, OscarConfig, OscarEncoderDecoderCache
@@ -62,6 +63,17 @@ def test_page_has_every_class_and_no_wrong_one() -> None:
     if transformers.__version__ == documented_version():
         named = [line.split("`")[1] for lines in sections.values() for line in lines]
         assert sorted(named) == class_names()
+
+
+@pytest.mark.parametrize("window", [1024, 2048])
+def test_a_window_as_long_as_any_text_is_full_attention(window: int) -> None:
+    """As Phi-3 and Phi-4-mini have it. A shorter one is left to Transformers."""
+    fields = {"max_position_embeddings": 1024, "original_max_position_embeddings": 1024}
+    model = tiny_model("Phi3ForCausalLM", **fields, sliding_window=window)
+    assert examine_model(model, inputs_for(model)).status == "packed"
+    model.config.sliding_window = 1023
+    with pytest.raises(ValueError, match="no full-attention layer to quantize"):
+        OscarCache(model.config)
 
 
 def test_encoder_decoder_needs_its_own_cache() -> None:

@@ -6,7 +6,7 @@ import inspect
 import warnings
 from typing import Any
 
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -20,16 +20,27 @@ def cache_layers(model_config: PreTrainedConfig) -> list[tuple[Any, Any]]:
         layers = DynamicCache(config=model_config).layers
     except KeyError as error:
         raise ValueError(f"{model_config.model_type}: unknown layer type {error}") from error
+    text = model_config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None)
+    layers = [DynamicLayer() if _sees_all(layer, longest) else layer for layer in layers]
     if not any(is_quantized(layer) for layer in layers):
         kinds = sorted({type(layer).__name__ for layer in layers})
         raise ValueError(
             f"{model_config.model_type} has no full-attention layer to quantize, only {kinds}"
         )
-    text = model_config.get_text_config(decoder=True)
     image_layers = getattr(text, "cross_attention_layers", None) or ()
     layers = [ImageLayer() if i in image_layers else layer for i, layer in enumerate(layers)]
     configs = getattr(text, "per_layer_config", None) or [text] * len(layers)
     return list(zip(layers, configs))
+
+
+def _sees_all(layer: Any, longest: int | None) -> bool:
+    """Whether a sliding window holds the ``longest`` text: Phi-3 and Phi-4-mini have such ones."""
+    return (
+        type(layer) is DynamicSlidingWindowLayer
+        and longest is not None
+        and layer.sliding_window >= longest
+    )
 
 
 def cache_argument(model: Any) -> str:
