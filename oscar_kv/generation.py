@@ -208,9 +208,9 @@ def continuation(
     step = 0  # since the text was read
     for _ in range(max_new_tokens):
         begin = time.perf_counter()
-        held = cache.get_seq_length()
-        if limit is not None and 0 < held <= limit < held + ids.shape[1]:
-            if text.shape[1] != held + ids.shape[1]:
+        new = ids.shape[1]
+        if limit is not None and 0 < (held := cache.get_seq_length()) <= limit < held + new:
+            if text.shape[1] != held + new:
                 raise ValueError(f"before: expected the {held} tokens that the cache holds")
             cache.crop(-held)
             ids, step = text, 0
@@ -233,7 +233,8 @@ def continuation(
         yield Token(token, time.perf_counter() - begin)
         if token in ends:
             return
-        text = torch.cat([text, ids], 1)
+        if limit is not None:
+            text = torch.cat([text, ids], 1)
         step += 1
 
 
