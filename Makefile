@@ -33,7 +33,7 @@ VLLM_CUDA_DIR := .vllm-cuda
 
 .PHONY: demo test test-all test-oldest test-vllm support-matrix lint bench-cpu clean
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH) \
 		transformers==$(NEWEST_TRANSFORMERS) -e ".[dev]"
