@@ -170,6 +170,15 @@ def test_no_warning_without_a_reason(harmless: Any) -> None:
         OscarCache(harmless)
 
 
+@pytest.mark.parametrize("name", ["phi3", "phi4_multimodal", "phimoe", "phi3_v", "phi4mm"])
+def test_kinds_that_read_again(name: str) -> None:
+    """The last two are code on the hub, whose configs are of that code, too."""
+    made = config("Phi3")
+    made.model_type = name
+    assert reread_beyond(made) == LIMIT
+    assert reread_beyond(transformers.Phi4MultimodalConfig()) == 4096
+
+
 def test_every_model_that_drops_a_cache_is_known() -> None:
     """By the source of Transformers: where the name of the cache is set to None."""
     folder = Path(transformers.__file__).parent / "models"
