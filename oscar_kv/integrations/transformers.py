@@ -32,8 +32,8 @@ from oscar_kv.integrations.models import (
     require_usable_cache,
 )
 from oscar_kv.integrations.passes import Passes
-from oscar_kv.storage.checks import as_integers
 from oscar_kv.integrations.versions import warn_if_untested
+from oscar_kv.storage.checks import as_integers
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.offload import StagingByDevice
 from oscar_kv.storage.ownership import outside_inference_mode
