@@ -93,7 +93,8 @@ class Conversation:
         wanted = self._encode([*self.messages, question])
         check_length(self.loaded.model.config, len(wanted), max_new_tokens)
         self._keep(_common_prefix(self.ids, wanted[:-1]))
-        new = torch.tensor([wanted[len(self.ids) :]], device=self.loaded.model.device)
+        ids = torch.tensor([wanted], device=self.loaded.model.device)
+        before, new = ids[:, : len(self.ids)], ids[:, len(self.ids) :]
         stream = continuation(
             self.loaded.model,
             new,
@@ -102,6 +103,7 @@ class Conversation:
             temperature,
             graph=self._graph,
             spare=SPARE_TOKENS,
+            before=before,
         )
         generated: list[int] = []
         answer = ""
@@ -128,7 +130,7 @@ class Conversation:
         if not self.messages:
             raise ValueError("nothing was said yet")
         if self.preset != FULL_PRECISION:
-            save_cache(self._oscar_cache(), _beside(path))
+            save_cache(self._oscar_cache(), _beside(path), self.loaded.model)
         state = {"system": self.system, "messages": self.messages, "ids": self.ids}
         Path(path).write_text(json.dumps(state, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -150,8 +152,7 @@ class Conversation:
             raise ValueError(f"{path}: not a conversation ({error})") from error
         cache = None
         if self.preset != FULL_PRECISION and _beside(path).is_file():
-            model = self.loaded.model
-            cache = load_cache(_beside(path), model.config, model.device)
+            cache = load_cache(_beside(path), self.loaded.model)
             wanted = _configs(self._oscar_cache())
             if cache.get_seq_length() != len(ids) or _configs(cache) != wanted:
                 cache = None

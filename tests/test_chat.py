@@ -151,7 +151,7 @@ def test_saved_and_taken_up_again(loaded: Loaded, read: list[int], tmp_path: Pat
     mixed = OscarCache(config, OscarConfig.quality(), layers={1: OscarConfig.high()})
     ids = json.loads((tmp_path / "talk.json").read_text())["ids"]
     loaded.model(torch.tensor([ids]), past_key_values=mixed)
-    save_cache(mixed, tmp_path / "talk.safetensors")
+    save_cache(mixed, tmp_path / "talk.safetensors", loaded.model)
     assert not Conversation(loaded, "quality").load(tmp_path / "talk.json")  # in one layer
     (tmp_path / "talk.safetensors").unlink()
     again = Conversation(loaded, "quality")

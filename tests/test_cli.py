@@ -16,7 +16,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    GPTJConfig,
+    GPTNeoConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
@@ -72,11 +72,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gpt_neo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose attention is its own and takes no attention function."""
-    config = GPTJConfig(n_embd=64, n_layer=2, n_head=2, rotary_dim=16, n_positions=1024)
+    config = GPTNeoConfig(
+        hidden_size=64, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]
+    )
     config.eos_token_id = config.bos_token_id = None
-    return _save(config, tmp_path_factory.mktemp("gptj"))
+    return _save(config, tmp_path_factory.mktemp("gpt_neo"))
 
 
 def _packed_bytes(preset: str, tokens: int) -> int:
@@ -159,8 +161,8 @@ def test_generate_samples_with_a_temperature(run: Run, llama: Path) -> None:
     assert len(sampled) == 2
 
 
-def test_generate_says_when_attention_is_the_models_own(run: Run, gptj: Path) -> None:
-    args = ("generate", "--model", gptj, "--prompt", TEXT, "--max-new-tokens", 4)
+def test_generate_says_when_attention_is_the_models_own(run: Run, gpt_neo: Path) -> None:
+    args = ("generate", "--model", gpt_neo, "--prompt", TEXT, "--max-new-tokens", 4)
     code, _, err = run(*args)
     assert code == 0
     assert "dequantized states" in err

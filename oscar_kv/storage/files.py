@@ -17,7 +17,7 @@ from oscar_kv.config import OscarConfig
 from oscar_kv.storage.offload import Staging
 from oscar_kv.storage.packed import PackedKV
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised whenever the page layout or this file's structure changes."""
 
 _FORMAT = "oscar-kv"
@@ -44,16 +44,20 @@ def save_packed(
     Only what is in use is written: pages that sequences share are written once.
 
     Args:
-        path: of the file; an existing one is replaced.
+        path: of the file; an earlier one of ours is replaced, once the new one is whole.
         caches: by name, e.g. of the layer.
         extra: further tensors to store beside them.
         about: plain values to store beside them.
 
     Raises:
         ValueError: if there is nothing to save.
+        FileExistsError: if something else is there.
+        OSError: if the file cannot be written.
     """
     if not caches:
         raise ValueError("caches is empty: expected at least one PackedKV")
+    target = Path(path).resolve()  # what a link names is replaced, not the link
+    _require_writable(target)
     tensors: dict[str, Tensor] = {f"extra/{k}": v.contiguous() for k, v in (extra or {}).items()}
     described: dict[str, Any] = {}
     for name, packed in caches.items():
@@ -75,7 +79,10 @@ def save_packed(
         "description": text,
         "checksum": checksum(text, tensors),
     }
-    save_file(tensors, str(path), metadata=metadata)
+    try:
+        save_file(tensors, str(target), metadata=metadata)  # beside it, then put there as a whole
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def load_packed(
@@ -93,6 +100,8 @@ def load_packed(
         ValueError: if it is not such a file, is of another format version, or is damaged.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, expected a file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -105,7 +114,8 @@ def load_packed(
         raise ValueError(f"{path}: not an {_FORMAT} file")
     if metadata.get("version") != str(FORMAT_VERSION):
         raise ValueError(
-            f"{path}: format version {metadata.get('version')}: expected {FORMAT_VERSION}"
+            f"{path}: format version {metadata.get('version')}, expected {FORMAT_VERSION}: "
+            "compute it again"
         )
     text = metadata.get("description", "")
     if metadata.get("checksum") != checksum(text, tensors):
@@ -120,6 +130,25 @@ def load_packed(
     others = {k.removeprefix("extra/"): t for k, t in tensors.items() if k.startswith("extra/")}
     extra = {name: tensor.to(device) for name, tensor in others.items()}
     return Contents(caches, extra, description["about"])
+
+
+def _require_writable(path: Path) -> None:
+    """Raises OSError where no file of ours can be put without loss."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, expected the name of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder")
+    if path.exists() and not is_ours(path):
+        raise FileExistsError(f"{path}: exists and is not an {_FORMAT} file: choose another name")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file was written by :func:`save_packed`, of whatever version, damaged or not."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get("format") == _FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
