@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +17,18 @@ from oscar_kv.storage.files import load_packed, save_packed
 from oscar_kv.storage.offload import Staging
 
 
-def save_cache(cache: OscarCache, path: str | Path) -> None:
+def save_cache(
+    cache: OscarCache, path: str | Path, *, about: Mapping[str, Any] | None = None
+) -> None:
     """Writes everything ``cache`` holds to ``path``.
+
+    Args:
+        about: plain values to store beside it; :func:`oscar_kv.storage.files.read_about` returns them.
 
     Raises:
         ValueError: if it is empty, or has layers whose states have no file format here
             (linear attention).
+        OSError: if the file cannot be written; an earlier one is as it was.
     """
     packed, extra = {}, {}
     for index, layer in enumerate(cache.layers):
@@ -34,7 +42,7 @@ def save_cache(cache: OscarCache, path: str | Path) -> None:
             raise ValueError(f"layer {index} is a {type(layer).__name__}: it cannot be saved")
     if not packed:
         raise ValueError("the cache is empty: expected one that has seen tokens")
-    save_packed(path, packed, extra, {"made_for": cache.made_for})
+    save_packed(path, packed, extra, {**(about or {}), "made_for": cache.made_for})
 
 
 def load_cache(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oscar_kv.config import OscarConfig
+from oscar_kv.replacing import replacing
 from oscar_kv.storage.offload import Staging
 from oscar_kv.storage.packed import PackedKV
 
@@ -44,15 +45,16 @@ def save_packed(
     Only what is in use is written: pages that sequences share are written once.
 
     Args:
-        path: of the file; an existing one is replaced.
+        path: of the file; an existing one is replaced, in one step and only if all went well.
         caches: by name, e.g. of the layer.
         extra: further tensors to store beside them.
         about: plain values to store beside them.
 
     Raises:
         ValueError: if there is nothing to save.
+        OSError: if the file cannot be written.
     """
-    if not caches:
+    if not (caches or extra or about):
         raise ValueError("caches is empty: expected at least one PackedKV")
     tensors: dict[str, Tensor] = {f"extra/{k}": v.contiguous() for k, v in (extra or {}).items()}
     described: dict[str, Any] = {}
@@ -75,7 +77,36 @@ def save_packed(
         "description": text,
         "checksum": checksum(text, tensors),
     }
-    save_file(tensors, str(path), metadata=metadata)
+    with replacing(path) as part:
+        try:
+            save_file(tensors, str(part), metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """The plain values that :func:`save_packed` stored, whatever the format version.
+
+    Only the head of the file is read, and its checksum is not verified.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not an {_FORMAT} file")
+    try:
+        return dict(json.loads(metadata["description"])["about"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
 
 
 def load_packed(
