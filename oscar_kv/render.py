@@ -12,9 +12,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from oscar_kv.config import FULL_PRECISION
+from oscar_kv.config import FULL_PRECISION, PAGE_TOKENS, OscarConfig
 from oscar_kv.demo import CacheResult, Continuation, DemoResult
-from oscar_kv.planner import GIB, ModelShape, PlanRow
+from oscar_kv.planner import GIB, LONG_CONTEXT, ModelShape, PlanRow
+from oscar_kv.replacing import replacing
 
 
 def size(nbytes: float) -> str:
@@ -24,6 +25,52 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.4g} {unit}"
         nbytes /= 1024
     return f"{nbytes:,.1f} TiB"
+
+
+def cache_summary(
+    *,
+    tokens: int,
+    preset: str,
+    dtype: str,
+    used: int,
+    allocated: int,
+    full: int,
+    on_host: int,
+    long_ratio: float | None,
+    speed: float | None,
+) -> str:
+    """A line about the cache of a continuation: what it takes, and what it saves, now and later.
+
+    Args:
+        tokens: in the cache.
+        used: bytes that hold something.
+        allocated: bytes, ``used`` among them.
+        full: bytes of the same tokens with nothing quantized.
+        on_host: bytes of ``allocated`` that are in CPU memory.
+        long_ratio: how many times smaller the cache is at :data:`LONG_CONTEXT` tokens.
+        speed: tokens per second.
+    """
+    rate = "" if speed is None else f"; {speed:.1f} tokens/s"
+    if preset == FULL_PRECISION:
+        return f"KV cache of {tokens:,} tokens: {size(allocated)} ({dtype}){rate}"
+    takes = size(allocated)
+    if size(used) != takes:
+        takes = f"{size(used)} in use, {takes} allocated"
+    host = f", {size(on_host)} of it in CPU memory" if on_host else ""
+    saved = f"{full / allocated:.2f}x smaller"
+    if allocated >= full:
+        exact = OscarConfig.preset(preset).recent_tokens
+        saved = (
+            f"nothing saved yet, because the newest {exact} to {exact + PAGE_TOKENS - 1} tokens "
+            f"stay in {dtype}"
+        )
+    later = ""
+    if long_ratio is not None:
+        later = f"; at {LONG_CONTEXT // 1024}K tokens {long_ratio:.2f}x smaller (computed)"
+    return (
+        f"KV cache of {tokens:,} tokens: {takes} ({preset}{host}) instead of {size(full)} "
+        f"({dtype}): {saved}{later}{rate}"
+    )
 
 
 def prompt_excerpt(prompt: str, tokens: int) -> Panel:
@@ -130,10 +177,13 @@ def save_plot(
 
     Raises:
         ImportError: if matplotlib is missing.
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written; an earlier one is as it was.
         ValueError: if matplotlib does not know the file's format.
     """
     from matplotlib.figure import Figure
+
+    if not to.suffix:
+        raise ValueError(f"{str(to)!r} names no format: expected a name such as {to}.png")
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -149,7 +199,8 @@ def save_plot(
     axes.set(xlabel="tokens per sequence", xlim=(0, context), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(to, dpi=150)
+    with replacing(to) as part:
+        figure.savefig(part, dpi=150)
 
 
 def _plan_note(model: ModelShape) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+_NO_IDS: Any = None
+"""Top-k and top-p ask for the tokens so far, and do not look at them."""
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -48,7 +52,7 @@ class Sampler:
         self.temperature = temperature
         self.seed = seed
         self._generator: torch.Generator | None = None
-        self._warpers = LogitsProcessorList()
+        self._warpers: list[LogitsProcessor] = []
         if top_k is not None:
             self._warpers.append(TopKLogitsWarper(top_k))
         if top_p is not None:
@@ -62,5 +66,6 @@ class Sampler:
         scores = logits.float()
         # the largest is 0 whatever the temperature, so that a low one overflows only to -inf
         scores = (scores - scores.amax(-1, keepdim=True)) / self.temperature
-        scores = self._warpers(torch.empty(0, dtype=torch.long), scores)
+        for warp in self._warpers:
+            scores = warp(_NO_IDS, scores)
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)

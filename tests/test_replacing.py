@@ -15,7 +15,17 @@ from oscar_kv.replacing import replacing
 from oscar_kv.storage import files
 from oscar_kv.storage.files import load_packed, read_about, save_packed
 
-NAMES = ("talk", "talk.1", "two words", ".hidden", "naïve 会話", "a..b", "-", "x" * 255, "sub/../talk")
+NAMES = (
+    "talk",
+    "talk.1",
+    "two words",
+    ".hidden",
+    "naïve 会話",
+    "a..b",
+    "-",
+    "x" * 255,
+    "sub/../talk",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,9 +92,7 @@ def test_what_goes_wrong_leaves_the_earlier_file(error: BaseException, tmp_path:
         ("x" * 256, OSError, "File name too long"),
     ],
 )
-def test_no_place_for_a_file(
-    name: str, error: type[OSError], says: str, tmp_path: Path
-) -> None:
+def test_no_place_for_a_file(name: str, error: type[OSError], says: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("earlier")
     (tmp_path / "folder").mkdir()
     (tmp_path / "locked").write_text("earlier")

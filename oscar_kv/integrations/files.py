@@ -23,7 +23,7 @@ def save_cache(
     """Writes everything ``cache`` holds to ``path``.
 
     Args:
-        about: plain values to store beside it; :func:`oscar_kv.storage.files.read_about` returns them.
+        about: plain values to store beside it, for :func:`oscar_kv.storage.files.read_about`.
 
     Raises:
         ValueError: if it is empty, or has layers whose states have no file format here
