@@ -16,6 +16,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from test_json_fields import documented, fields
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -436,4 +437,6 @@ def test_demo_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1,023 tokens of 1 held-out windows" in " ".join(out.split())
     code, out, err = run("demo", "--json")
     assert (code, err) == (0, "")
-    assert [cache["name"] for cache in json.loads(out)["caches"]] == ["full", "paper", "compact"]
+    result = json.loads(out)
+    assert [cache["name"] for cache in result["caches"]] == ["full", "paper", "compact"]
+    assert fields(result) == documented("demo")

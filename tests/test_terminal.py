@@ -164,7 +164,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = _answer  # noqa: N815  the names that http.server asks for
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
