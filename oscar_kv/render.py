@@ -114,7 +114,7 @@ def demo_table(result: DemoResult) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("KV cache")
     for cache in result.caches:
-        table.add_column(_title(cache.name, result.dtype), justify="right")
+        table.add_column(_title(cache.name, result.dtype), justify="right", overflow="fold")
     for label, cells in (
         (f"memory, {tokens:,} tokens", [size(c.nbytes) for c in result.caches]),
         ("  times smaller", [f"{c.ratio:.2f}x" for c in result.caches]),
@@ -149,12 +149,13 @@ def demo_table(result: DemoResult) -> RenderableType:
 def plan_table(model: ModelShape, rows: Sequence[PlanRow], context: int, batch: int) -> Group:
     """A plan, a row per cache."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("KV cache", "memory", "bits per element", "times smaller"):
-        table.add_column(heading, justify="left" if heading == "KV cache" else "right")
+    headings = ["KV cache", "memory", "bits per element", "times smaller"]
     with_memory = rows[0].longest_context is not None
     if with_memory:
-        table.add_column("longest context", justify="right")
-        table.add_column("tokens in vLLM", justify="right")
+        headings += ["longest context", "tokens in vLLM"]
+    for heading in headings:  # folded where the terminal is narrow, for a number cut off is wrong
+        justify = "left" if heading == "KV cache" else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
     for row in rows:
         cells = [size(row.nbytes), f"{row.bits_per_element:.2f}", f"{row.ratio:.2f}x"]
         if with_memory:

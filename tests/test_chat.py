@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch import Tensor
+from talks import FIRST, SECOND, say, tokens_read
 
 from oscar_kv import repl
 from oscar_kv.chat import Conversation
@@ -21,7 +20,6 @@ from oscar_kv.demo import MODEL
 from oscar_kv.generation import Loaded, cache_nbytes, load, quiet
 from oscar_kv.saved_conversation import SavedConversation
 
-FIRST, SECOND = "import os\ndef read(path):\n    with open(path) as", "def write(path, text):\n"
 THOUGHTS = (
     "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}# dropped\n"
     "{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
@@ -37,20 +35,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture
 def read(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each step of the model read."""
-    lengths: list[int] = []
-    forward = loaded.model.forward
-
-    def counted(input_ids: Tensor, **others: Any) -> Any:
-        lengths.append(input_ids.shape[1])
-        return forward(input_ids, **others)
-
-    monkeypatch.setattr(loaded.model, "forward", counted)
-    return lengths
-
-
-def say(conversation: Conversation, text: str, count: int = 12) -> str:
-    return [answer for _, answer in conversation.reply(text, count)][-1]
+    return tokens_read(loaded, monkeypatch)
 
 
 def test_only_what_is_new_is_read(loaded: Loaded, read: list[int]) -> None:

@@ -306,6 +306,15 @@ def test_info_table_and_picture(run: Run, llama: Path, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_narrow_terminal_folds_numbers_and_cuts_none(
+    run: Run, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    code, out, _ = run("info", "--model", llama, "--gpu-memory", 1000)
+    assert code == 0
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+
+
 def test_a_picture_that_cannot_be_finished_leaves_the_earlier_one(
     run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

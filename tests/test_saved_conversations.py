@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from talks import FIRST, SECOND, say, tokens_read
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from oscar_kv.chat import Conversation
@@ -22,8 +22,6 @@ from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.saved_conversation import SavedConversation
 from oscar_kv.storage import files
 
-FIRST, SECOND = "import os\ndef read(path):\n    with open(path) as", "def write(path, text):\n"
-
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
@@ -33,20 +31,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture
 def read(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each step of the model read."""
-    lengths: list[int] = []
-    forward = loaded.model.forward
-
-    def counted(input_ids: Tensor, **others: Any) -> Any:
-        lengths.append(input_ids.shape[1])
-        return forward(input_ids, **others)
-
-    monkeypatch.setattr(loaded.model, "forward", counted)
-    return lengths
-
-
-def say(conversation: Conversation, text: str, count: int = 6) -> str:
-    return [answer for _, answer in conversation.reply(text, count)][-1]
+    return tokens_read(loaded, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["talk", "talk.1", "talk.json", "two words.naïve"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,16 +94,8 @@ def read_about(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not such a file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not an {_FORMAT} file")
+    with _opened(path) as (_, metadata):
+        pass
     try:
         return dict(json.loads(metadata["description"])["about"])
     except (KeyError, TypeError, ValueError) as error:
@@ -123,17 +116,8 @@ def load_packed(
         FileNotFoundError: if there is no such file.
         ValueError: if it is not such a file, is of another format version, or is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not an {_FORMAT} file")
+    with _opened(path) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("version") != str(FORMAT_VERSION):
         raise ValueError(
             f"{path}: format version {metadata.get('version')}: expected {FORMAT_VERSION}"
@@ -151,6 +135,22 @@ def load_packed(
     others = {k.removeprefix("extra/"): t for k, t in tensors.items() if k.startswith("extra/")}
     extra = {name: tensor.to(device) for name, tensor in others.items()}
     return Contents(caches, extra, description["about"])
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A file of :func:`save_packed` and its metadata; raises what :func:`read_about` does."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path}: not an {_FORMAT} file")
+            yield file, metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
