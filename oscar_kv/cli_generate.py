@@ -87,7 +87,6 @@ def generate(
 
     from oscar_kv import generation
     from oscar_kv.evaluation.quality import make_cache
-    from oscar_kv.integrations.transformers import OscarCache
     from oscar_kv.planner import LONG_CONTEXT, long_context_ratio
     from oscar_kv.render import cache_summary
     from oscar_kv.sampling import Sampler
@@ -128,26 +127,11 @@ def generate(
                 progress.advance(task)
     if streamer is not None:
         streamer.end()
-    quantized = isinstance(cache, OscarCache)
-    used, allocated = generation.used_nbytes(cache), generation.cache_nbytes(cache)
-    full = generation.full_precision_nbytes(cache)
-    on_host = cache.host_nbytes if quantized else 0
-    speed = generation.tokens_per_second(tokens)
+    takes, speed = generation.Footprint.of(cache), generation.tokens_per_second(tokens)
+    quantized = preset != FULL_PRECISION
     long_ratio = long_context_ratio(loaded.model.config, preset) if quantized else 1.0
     if not as_json:
-        return say(
-            cache_summary(
-                tokens=cache.get_seq_length(),
-                preset=preset,
-                dtype=loaded.dtype,
-                used=used,
-                allocated=allocated,
-                full=full,
-                on_host=on_host,
-                long_ratio=long_ratio,
-                speed=speed,
-            )
-        )
+        return say(cache_summary(takes, preset, loaded.dtype, long_ratio, speed))
     result = {
         "model": model,
         "preset": preset,
@@ -158,11 +142,11 @@ def generate(
         "text": loaded.tokenizer.decode([t.id for t in tokens], skip_special_tokens=True),
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(tokens),
-        "kv_bytes": allocated,
-        "used_kv_bytes": used,
-        "host_kv_bytes": on_host,
-        "full_precision_kv_bytes": full,
-        "ratio": full / allocated,
+        "kv_bytes": takes.allocated,
+        "used_kv_bytes": takes.used,
+        "host_kv_bytes": takes.on_host,
+        "full_precision_kv_bytes": takes.full_precision,
+        "ratio": takes.full_precision / takes.allocated,
         "long_context": LONG_CONTEXT,
         "long_context_ratio": long_ratio,
         "prompt_seconds": tokens[0].seconds,

@@ -263,12 +263,6 @@ def cache_nbytes(cache: Cache) -> int:
     return sum(sum(layer_memory(layer).values()) for layer in cache.layers)
 
 
-def used_nbytes(cache: Cache) -> int:
-    """How many of the bytes of :func:`cache_nbytes` are not set aside for tokens to come."""
-    unused = cache.memory().get("unused", 0) if isinstance(cache, OscarCache) else 0
-    return cache_nbytes(cache) - unused
-
-
 def full_precision_nbytes(cache: Cache) -> int:
     """Bytes that the same tokens would take with nothing quantized, in the model's dtype."""
     total = 0
@@ -281,6 +275,28 @@ def full_precision_nbytes(cache: Cache) -> int:
         else:
             total += sum(layer_memory(layer).values())
     return total
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a cache takes, in bytes."""
+
+    tokens: int
+    allocated: int
+    used: int
+    """Those not set aside for tokens to come."""
+    on_host: int
+    """Those in CPU memory because of offloading."""
+    full_precision: int
+    """What the same tokens take with nothing quantized."""
+
+    @classmethod
+    def of(cls, cache: Cache) -> Footprint:
+        ours = isinstance(cache, OscarCache)
+        allocated, full = cache_nbytes(cache), full_precision_nbytes(cache)
+        used = allocated - cache.memory().get("unused", 0) if ours else allocated
+        on_host = cache.host_nbytes if ours else 0
+        return cls(cache.get_seq_length(), allocated, used, on_host, full)
 
 
 def _device(name: str) -> torch.device:

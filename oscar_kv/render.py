@@ -14,6 +14,7 @@ from rich.text import Text
 
 from oscar_kv.config import FULL_PRECISION, PAGE_TOKENS, OscarConfig
 from oscar_kv.demo import CacheResult, Continuation, DemoResult
+from oscar_kv.generation import Footprint
 from oscar_kv.planner import GIB, LONG_CONTEXT, ModelShape, PlanRow
 from oscar_kv.replacing import replacing
 
@@ -28,37 +29,26 @@ def size(nbytes: float) -> str:
 
 
 def cache_summary(
-    *,
-    tokens: int,
-    preset: str,
-    dtype: str,
-    used: int,
-    allocated: int,
-    full: int,
-    on_host: int,
-    long_ratio: float | None,
-    speed: float | None,
+    takes: Footprint, preset: str, dtype: str, long_ratio: float | None, speed: float | None
 ) -> str:
     """A line about the cache of a continuation: what it takes, and what it saves, now and later.
 
     Args:
-        tokens: in the cache.
-        used: bytes that hold something.
-        allocated: bytes, ``used`` among them.
-        full: bytes of the same tokens with nothing quantized.
-        on_host: bytes of ``allocated`` that are in CPU memory.
+        takes: after the continuation.
+        preset: of the cache, or ``FULL_PRECISION``.
+        dtype: of the model.
         long_ratio: how many times smaller the cache is at :data:`LONG_CONTEXT` tokens.
         speed: tokens per second.
     """
     rate = "" if speed is None else f"; {speed:.1f} tokens/s"
+    cache, allocated = f"KV cache of {takes.tokens:,} tokens", size(takes.allocated)
     if preset == FULL_PRECISION:
-        return f"KV cache of {tokens:,} tokens: {size(allocated)} ({dtype}){rate}"
-    takes = size(allocated)
-    if size(used) != takes:
-        takes = f"{size(used)} in use, {takes} allocated"
-    host = f", {size(on_host)} of it in CPU memory" if on_host else ""
-    saved = f"{full / allocated:.2f}x smaller"
-    if allocated >= full:
+        return f"{cache}: {allocated} ({dtype}){rate}"
+    if size(takes.used) != allocated:
+        allocated = f"{size(takes.used)} in use, {allocated} allocated"
+    host = f", {size(takes.on_host)} of it in CPU memory" if takes.on_host else ""
+    saved = f"{takes.full_precision / takes.allocated:.2f}x smaller"
+    if takes.allocated >= takes.full_precision:
         exact = OscarConfig.preset(preset).recent_tokens
         saved = (
             f"nothing saved yet, because the newest {exact} to {exact + PAGE_TOKENS - 1} tokens "
@@ -68,7 +58,7 @@ def cache_summary(
     if long_ratio is not None:
         later = f"; at {LONG_CONTEXT // 1024}K tokens {long_ratio:.2f}x smaller (computed)"
     return (
-        f"KV cache of {tokens:,} tokens: {takes} ({preset}{host}) instead of {size(full)} "
+        f"{cache}: {allocated} ({preset}{host}) instead of {size(takes.full_precision)} "
         f"({dtype}): {saved}{later}{rate}"
     )
 

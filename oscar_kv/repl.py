@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from oscar_kv.chat import Conversation
-from oscar_kv.generation import Token, full_precision_nbytes, tokens_per_second, used_nbytes
+from oscar_kv.generation import Footprint, Token, tokens_per_second
 from oscar_kv.progress import progress_display, say
 from oscar_kv.render import size
 from oscar_kv.user_input import LineInput, read_text
@@ -127,12 +127,11 @@ class Chat:
 
     def _status(self, tokens: list[Token]) -> str:
         conversation = self.conversation
-        cache, speed = conversation.cache, tokens_per_second(tokens)
+        takes, speed = Footprint.of(conversation.cache), tokens_per_second(tokens)
         rate = "" if speed is None else f", {speed:.1f} tokens/s"
         return (
-            f"{cache.get_seq_length():,} tokens in {size(used_nbytes(cache))} "
-            f"({conversation.preset}), {size(full_precision_nbytes(cache))} in "
-            f"{conversation.loaded.dtype}{rate}"
+            f"{takes.tokens:,} tokens in {size(takes.used)} ({conversation.preset}), "
+            f"{size(takes.full_precision)} in {conversation.loaded.dtype}{rate}"
         )
 
 
