@@ -12,7 +12,7 @@ import typer
 
 from oscar_kv.config import FULL_PRECISION, PRESETS
 from oscar_kv.progress import loading, progress_display, say
-from oscar_kv.user_input import STANDARD_INPUT, read_text
+from oscar_kv.user_input import read_standard_input, read_text
 
 Model = Annotated[str, typer.Option(help="Folder or Hugging Face id of a causal model.")]
 Preset = Annotated[
@@ -231,9 +231,9 @@ def _check_preset(preset: str) -> None:
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise ValueError("expected one of --prompt and --prompt-file")
-    if prompt == STANDARD_INPUT:
-        prompt_file = Path(STANDARD_INPUT)
-    if prompt_file is not None:
+    if "-" in (prompt, str(prompt_file)):
+        prompt = read_standard_input()
+    elif prompt_file is not None:
         prompt = read_text(prompt_file)
     if not prompt:
         raise ValueError("the prompt is empty")

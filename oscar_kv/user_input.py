@@ -5,24 +5,28 @@ from __future__ import annotations
 import io
 import select
 import sys
+from collections.abc import Callable
 from pathlib import Path
-
-STANDARD_INPUT = "-"
 
 WAIT = 0.05
 """Seconds in which the rest of a pasted block arrives."""
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file, or all of standard input for :data:`STANDARD_INPUT`.
+    """A UTF-8 file.
 
     Raises:
         ValueError: if it cannot be read, or is not UTF-8.
     """
-    if str(path) == STANDARD_INPUT:
-        name, read = "standard input", sys.stdin.buffer.read
-    else:
-        name, read = repr(str(path)), Path(path).read_bytes
+    return _decoded(repr(str(path)), Path(path).read_bytes)
+
+
+def read_standard_input() -> str:
+    """All of standard input, UTF-8; raises as :func:`read_text` does."""
+    return _decoded("standard input", sys.stdin.buffer.read)
+
+
+def _decoded(name: str, read: Callable[[], bytes]) -> str:
     try:
         text = read().decode("utf-8-sig")
     except OSError as error:
