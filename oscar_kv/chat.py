@@ -25,7 +25,6 @@ from oscar_kv.generation import (
     decode_graph,
 )
 from oscar_kv.integrations.files import load_cache
-from oscar_kv.integrations.layer import OscarLayer
 from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.sampling import greedy
 from oscar_kv.saved_conversation import SavedConversation
@@ -96,7 +95,8 @@ class Conversation:
         """
         wanted = self.prompt(text, max_new_tokens)
         self._keep(_common_prefix(self.ids, wanted[:-1]))
-        new = torch.tensor([wanted[len(self.ids) :]], device=self.loaded.model.device)
+        ids = torch.tensor([wanted], device=self.loaded.model.device)
+        before, new = ids[:, : len(self.ids)], ids[:, len(self.ids) :]
         stream = continuation(
             self.loaded.model,
             new,
@@ -105,6 +105,7 @@ class Conversation:
             choose,
             graph=self._graph,
             spare=SPARE_TOKENS,
+            before=before,
         )
         generated: list[int] = []
         answer = ""
@@ -135,7 +136,8 @@ class Conversation:
             raise ValueError("nothing was said yet")
         name = self.loaded.model.name_or_path
         saved = SavedConversation(name, self.preset, self.system, self.messages, self.ids)
-        return saved.write(path, self.cache if isinstance(self.cache, OscarCache) else None)
+        cache = self.cache if isinstance(self.cache, OscarCache) else None
+        return saved.write(path, cache, self.loaded.model)
 
     def load(self, path: str | Path) -> str | None:
         """Takes up the conversation of a file; this one stays if that fails.
@@ -159,7 +161,6 @@ class Conversation:
         self, path: str | Path, saved: SavedConversation
     ) -> tuple[OscarCache | None, str | None]:
         """The cache in a file, or why it cannot be taken up here."""
-        model = self.loaded.model
         if not saved.ids or FULL_PRECISION in (saved.preset, self.preset):
             return None, "it comes without a cache"
         if saved.preset != self.preset:
@@ -169,13 +170,11 @@ class Conversation:
         if saved.ids[: len(prompt)] != prompt:
             return None, f"{saved.model} wrote it in other tokens than this model does"
         try:
-            cache = load_cache(path, model.config, model.device)
+            cache = load_cache(path, self.loaded.model)
         except ValueError as error:
             return None, str(error)
         if cache.get_seq_length() != len(saved.ids):
             return None, "the file is damaged: its cache holds another number of tokens"
-        if any(dtype != model.dtype for dtype in _dtypes(cache)):
-            return None, f"its cache is of a model in another dtype than {model.dtype}"
         return cache, None
 
     def _encode(self, messages: list[Message]) -> list[int]:
@@ -198,12 +197,6 @@ class Conversation:
     def _use(self, cache: Cache, ids: list[int]) -> None:
         self.cache, self.ids = cache, ids
         self._graph = decode_graph(self.loaded.model, cache, self.cuda_graph)
-
-
-def _dtypes(cache: OscarCache) -> list[torch.dtype]:
-    """Of every quantized layer's states."""
-    layers = [layer.packed for layer in cache.layers if isinstance(layer, OscarLayer)]
-    return [packed.dtype for packed in layers if packed is not None]
 
 
 def _message(role: str, content: str) -> Message:

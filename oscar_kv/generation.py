@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,12 @@ from transformers.utils import logging
 from oscar_kv.checkpoints import local_or_id, require_complete
 from oscar_kv.integrations.graph import DecodeGraph, require_kernels
 from oscar_kv.integrations.layer import OscarLayer, layer_memory
-from oscar_kv.integrations.models import cache_layers
+from oscar_kv.integrations.models import (
+    DroppedCacheWarning,
+    cache_argument,
+    cache_layers,
+    reread_beyond,
+)
 from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.planner import layer_shape
 from oscar_kv.sampling import greedy
@@ -137,7 +143,11 @@ def load(
 
 
 def quiet() -> None:
-    """Silences warnings and progress bars of Transformers and the Hugging Face hub."""
+    """Silences warnings and progress bars of Transformers and the Hugging Face hub.
+
+    And ours of what ``generate`` does, which nothing here calls.
+    """
+    warnings.simplefilter("ignore", DroppedCacheWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
@@ -211,6 +221,7 @@ def continuation(
     *,
     graph: DecodeGraph | None = None,
     spare: int = 0,
+    before: Tensor | None = None,
 ) -> Iterator[Token]:
     """Yields the tokens that follow ``prompt``, up to an end-of-text token or the limit.
 
@@ -220,25 +231,36 @@ def continuation(
         choose: what takes the next token from logits ``[1, V]``: ids ``[1, 1]``.
         graph: of ``model`` and ``cache``, for the steps after the prompt.
         spare: tokens to reserve for later prompts and continuations with the same graph.
+        before: ids ``[1, T]`` that the cache holds, for models that have to read a text again once
+            it is longer than :func:`reread_beyond` says. They do so here as in ``generate``.
 
     Raises:
         MemoryError: if the device runs out of memory.
-        ValueError: if a key or value is NaN or Inf.
+        ValueError: if a key or value is NaN or Inf, or ``before`` is not what the cache holds.
     """
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end])
-    last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    ids = prompt
-    for step in range(max_new_tokens):
+    options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
+    if model._supports_logits_to_keep():
+        options["logits_to_keep"] = 1
+    limit = reread_beyond(model.config)
+    ids, text = prompt, prompt if before is None else torch.cat([before, prompt], 1)
+    step = 0  # since the text was read
+    for _ in range(max_new_tokens):
         begin = time.perf_counter()
+        new = ids.shape[1]
+        if limit is not None and 0 < (held := cache.get_seq_length()) <= limit < held + new:
+            if text.shape[1] != held + new:
+                raise ValueError(f"before: expected the {held} tokens that the cache holds")
+            cache.crop(-held)
+            ids, step = text, 0
         try:
             if graph is not None and step:
                 if step == 1:
                     graph.reserve(max_new_tokens, spare)
                 logits = graph(ids)
             else:
-                output = model(ids, past_key_values=cache, use_cache=True, **last_only)
-                logits = output.logits[:, -1]
+                logits = model(ids, **options).logits[:, -1]
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"out of memory: {error}") from error
         ids = choose(logits)
@@ -248,6 +270,9 @@ def continuation(
         yield Token(token, time.perf_counter() - begin)
         if token in ends:
             return
+        if limit is not None:
+            text = torch.cat([text, ids], 1)
+        step += 1
 
 
 def tokens_per_second(tokens: list[Token]) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from oscar_kv.generation import Message
 from oscar_kv.integrations.files import save_cache
@@ -25,8 +26,8 @@ class SavedConversation:
     ids: list[int]
     """The tokens in the cache."""
 
-    def write(self, path: str | Path, cache: OscarCache | None) -> str | None:
-        """Writes the file, with ``cache`` if that has a file format.
+    def write(self, path: str | Path, cache: OscarCache | None, model: Any) -> str | None:
+        """Writes the file, with ``cache`` of ``model`` if that has a file format.
 
         A file that is there is replaced if it is a saved conversation, and left alone if not.
 
@@ -49,7 +50,7 @@ class SavedConversation:
         why = "a cache in full precision has no file format"
         if cache is not None:
             try:
-                return save_cache(cache, path, about=about)
+                return save_cache(cache, path, model, about=about)
             except ValueError as error:  # of a hybrid model, or empty after a failure
                 why = str(error)
         save_packed(path, {}, about=about)

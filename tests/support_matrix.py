@@ -51,14 +51,21 @@ _SECTIONS = {
     "wrong": ("Wrong", "Bugs. This section should not exist."),
 }
 
+_DROP_CACHES = ("Phi3ForCausalLM", "Phi4MultimodalForCausalLM", "PhimoeForCausalLM")
+_DROPPED = (
+    " (while the text has `original_max_position_embeddings` tokens at most; then `generate` drops "
+    "any cache, unless the prompt was read into it before: see the warning of `OscarCache`)"
+)
+
 
 def row(outcome: Outcome) -> str:
     """The line of ``docs/models.md`` for one class."""
     media = " (an image or a sound in the prompt)" if reads_media(outcome.name) else ""
     if outcome.name in SPEAKING:
         media = " (an image and a sound in the prompt; thinker and talker, each with its own cache)"
+    limit = _DROPPED if outcome.name in _DROP_CACHES else ""
     reason = f": {outcome.reason}" if outcome.reason else ""
-    return f"- `{outcome.name}`{media}{reason}"
+    return f"- `{outcome.name}`{media}{limit}{reason}"
 
 
 def documented() -> dict[str, list[str]]:

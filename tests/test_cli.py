@@ -20,7 +20,7 @@ from test_json_fields import documented, fields
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    GPTJConfig,
+    GPTNeoConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
@@ -76,11 +76,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gpt_neo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose attention is its own and takes no attention function."""
-    config = GPTJConfig(n_embd=64, n_layer=2, n_head=2, rotary_dim=16, n_positions=1024)
+    config = GPTNeoConfig(
+        hidden_size=64, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]
+    )
     config.eos_token_id = config.bos_token_id = None
-    return _save(config, tmp_path_factory.mktemp("gptj"))
+    return _save(config, tmp_path_factory.mktemp("gpt_neo"))
 
 
 def _packed_bytes(preset: str, tokens: int) -> int:
@@ -263,8 +265,8 @@ def test_generate_samples_with_a_temperature(run: Run, llama: Path) -> None:
     assert len(sampled) == 2
 
 
-def test_generate_says_when_attention_is_the_models_own(run: Run, gptj: Path) -> None:
-    args = ("generate", "--model", gptj, "--prompt", TEXT, "--max-new-tokens", 4)
+def test_generate_says_when_attention_is_the_models_own(run: Run, gpt_neo: Path) -> None:
+    args = ("generate", "--model", gpt_neo, "--prompt", TEXT, "--max-new-tokens", 4)
     code, _, err = run(*args)
     assert code == 0
     assert "dequantized states" in err

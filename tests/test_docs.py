@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import checkpoints
 import omni
 import pytest
 import torch
+from families import Family, each_family
 from support import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oscar_kv.demo import MODEL
 from oscar_kv.generation import load, quiet
@@ -116,14 +119,32 @@ def given_a_question(folder: Path) -> dict[str, Any]:
 GIVEN = {"diagnose.md": given_a_question, "vision.md": given_images, "audio.md": given_sounds}
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user types it: gradients are on unless the code says otherwise."""
     monkeypatch.chdir(tmp_path)
     quiet()
     given = GIVEN.get(page.name, given_text)(tmp_path)
     for code in blocks(page, "python"):
         exec(compile(code, str(page), "exec"), given)
+
+
+@each_family("Gemma3Text", "Llama4Text", "Qwen3Next", "Lfm2")
+def test_prompts_with_hybrids(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models with sliding-window, chunked, linear-attention and convolutional layers."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    config = family.config()
+    config.vocab_size = len(tokenizer)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="oscar").eval()
+    given: dict[str, Any] = {"model": model, "tokenizer": tokenizer}
+    page = ROOT / "docs" / "prompts.md"
+    for code in blocks(page, "python"):
+        refused = family.has_recurrence and "save_cache" in code  # as the page says
+        with pytest.raises(ValueError, match="cannot be saved") if refused else nullcontext():
+            exec(compile(code, str(page), "exec"), given)
 
 
 @pytest.mark.parametrize("page", SHELL_PAGES, ids=lambda page: page.name)

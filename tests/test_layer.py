@@ -58,7 +58,7 @@ def test_rollback_within_the_tail_leaves_no_trace() -> None:
 
 def test_rollback_into_a_page_keeps_the_rest_as_it_was_read() -> None:
     layer = filled_layer(config=OscarConfig.paper())
-    assert not layer.is_croppable
+    assert layer.is_croppable  # else Transformers 5.24 refuses to draft tokens
     before, _ = dense(layer)
     layer.crop(-100)
     assert layer.get_seq_length() == 200

@@ -25,6 +25,7 @@ from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.tasks import TaskManager
 
 from oscar_kv.evaluation.lmms_eval import OverCache
+from oscar_kv.integrations.models import cache_argument
 
 NEW_TOKENS = 32
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -97,7 +98,7 @@ def test_a_model_that_speaks_writes_over_the_cache() -> None:
     prompt = omni.prompt(speaking)
     with mock.patch.object(speaking, "generate", wraps=speaking.generate) as generate:
         _OverCache(speaking, preset="paper").model.generate(**prompt, return_audio=False)
-    cache = generate.call_args.kwargs["thinker_past_key_values"]
+    cache = generate.call_args.kwargs[f"thinker_{cache_argument(speaking.thinker)}"]
     assert isinstance(cache, OscarCache)
     assert {packed.config for packed in cache.packed_layers()} == {OscarConfig.paper()}
     assert cache.get_seq_length() >= prompt["input_ids"].shape[1]

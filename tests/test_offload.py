@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -153,14 +154,30 @@ def test_files(device: str, saved: bool, loaded: bool, tmp_path: Path) -> None:
     ids, more = tokens(2, 600).to(device), tokens(2, 300, seed=1).to(device)
     cache = OscarCache(model.config, offloading=saved)
     teacher_forced(model, ids, [600], cache)
-    save_cache(cache, path)
-    again = load_cache(path, model.config, device, offloading=loaded)
+    save_cache(cache, path, model)
+    again = load_cache(path, model, offloading=loaded)
     assert again.offloading == loaded
     assert (again.host_nbytes > 0) == loaded
     found = teacher_forced(model, more, [1, 299], again)
     assert torch.equal(found, teacher_forced(model, more, [1, 299], cache))
     if again.staging is not None:
         assert {pool.staging for pool in pools(again)} == set(again.staging.values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [0, 600])
+def test_pickles(device: str, length: int) -> None:
+    """As a process hands a cache to another one: nothing is shared, whatever both append."""
+    model = llama(device)
+    cache = OscarCache(model.config, offloading=True)
+    if length:
+        teacher_forced(model, tokens(2, length).to(device), [length], cache)
+    again = pickle.loads(pickle.dumps(cache))
+    assert again.host_nbytes == cache.host_nbytes
+    more = tokens(2, 300, seed=1).to(device)
+    found, expected = (teacher_forced(model, more, [150, 1, 149], c) for c in (cache, again))
+    assert torch.equal(found, expected)
+    assert {pool.staging for pool in pools(again)} == set(again.staging.values())
 
 
 FAULTS = {

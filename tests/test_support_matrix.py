@@ -5,11 +5,14 @@ A few classes of each kind by default; the others are ``slow`` (``make test-all`
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
-from support import class_names, examine, oscar_cache, tiny_model
+from support import class_names, examine, examine_model, oscar_cache, tiny_model
 from support_matrix import documented, documented_version, row
+from tiny_inputs import inputs_for
 from transformers import DynamicCache, EncoderDecoderCache
 
 from oscar_kv import OscarCache, OscarConfig, OscarEncoderDecoderCache
@@ -19,6 +22,7 @@ SUBSET = (
     "BartForConditionalGeneration",
     "BloomForCausalLM",  # attention of its own
     "DeepseekV3ForCausalLM",  # latent attention
+    "DoryForCausalLM",  # layers that run twice, each time with a cache layer of its own
     "FalconMambaForCausalLM",  # nothing to quantize
     "Gemma3ForConditionalGeneration",
     "GitForCausalLM",  # adds masks to scores, under any name of an attention
@@ -61,6 +65,17 @@ def test_page_has_every_class_and_no_wrong_one() -> None:
         assert sorted(named) == class_names()
 
 
+@pytest.mark.parametrize("window", [1024, 2048])
+def test_a_window_as_long_as_any_text_is_full_attention(window: int) -> None:
+    """As Phi-3 and Phi-4-mini have it. A shorter one is left to Transformers."""
+    fields = {"max_position_embeddings": 1024, "original_max_position_embeddings": 1024}
+    model = tiny_model("Phi3ForCausalLM", **fields, sliding_window=window)
+    assert examine_model(model, inputs_for(model)).status == "packed"
+    model.config.sliding_window = 1023
+    with pytest.raises(ValueError, match="no full-attention layer to quantize"):
+        OscarCache(model.config)
+
+
 def test_encoder_decoder_needs_its_own_cache() -> None:
     """A plain one would get the encoder's states as if the decoder had written them."""
     model = tiny_model("T5ForConditionalGeneration")
@@ -84,6 +99,20 @@ def test_layers_of_a_decoder_have_configs_of_their_own() -> None:
     configs = [packed.config for packed in cache.self_attention_cache.packed_layers()]
     assert configs == [OscarConfig(), OscarConfig.high()]
     assert not any(isinstance(x, OscarLayer) for x in cache.cross_attention_cache.layers)
+
+
+@torch.no_grad()
+def test_memory_of_an_encoder_decoder_cache() -> None:
+    model = tiny_model("T5ForConditionalGeneration")
+    cache = OscarEncoderDecoderCache(model.config)
+    assert cache.nbytes == 0
+    ids = torch.ones(1, 5, dtype=torch.long)
+    model(input_ids=ids, decoder_input_ids=ids, past_key_values=cache)
+    layers: Any = cache.cross_attention_cache.layers
+    memory = cache.memory()
+    assert memory.pop("encoder") == sum(x.keys.nbytes + x.values.nbytes for x in layers) > 0
+    assert memory == cache.self_attention_cache.memory()
+    assert cache.nbytes == sum(cache.memory().values())
 
 
 def test_encoder_decoder_cache_can_be_cropped() -> None:

@@ -193,7 +193,7 @@ folder, file = sys.argv[1:]
 quiet()
 torch.set_num_threads(1)
 model = load(folder, "float32", "cpu").model
-cache = load_cache(file, model.config)
+cache = load_cache(file, model)
 ids = torch.load(file + ".ids")
 assert cache.get_seq_length() == ids.shape[1] - 5
 out = model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
@@ -208,7 +208,7 @@ def test_a_saved_prompt_goes_on_in_another_process(tmp_path: Path) -> None:
     ids = loaded.encode(text)[:, -1200:]
     cache = read(loaded.model, ids[:, :-5], OscarConfig.quality())
     file = tmp_path / "prompt.safetensors"
-    save_cache(cache, file)
+    save_cache(cache, file, loaded.model)
     torch.save(ids, f"{file}.ids")
     assert file.stat().st_size < cache.nbytes
     out = loaded.model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)

@@ -55,6 +55,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "CohereCompassForConditionalGeneration": {"text_config": _COMPASS},
     "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
+    "DoryForCausalLM": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", *["full_attention"] * 3],
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "Dots1ForCausalLM": {
         "n_routed_experts": 4,
         "n_shared_experts": 1,

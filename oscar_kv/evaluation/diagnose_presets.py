@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
 from oscar_kv.evaluation.quality import make_cache
 from oscar_kv.evaluation.teacher import kl_divergence
+from oscar_kv.integrations.models import cache_argument
 
 NEW_TOKENS = 64
 """Length of a continuation that the model has to find itself."""
@@ -138,7 +139,7 @@ def _decode(
     }
     out = model.generate(
         **placed,
-        past_key_values=make_cache(model, name),
+        **{cache_argument(model): make_cache(model, name)},
         max_new_tokens=NEW_TOKENS if continuation is None else continuation.shape[1],
         do_sample=False,
         num_beams=1,

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from oscar_kv.evaluation.harness import CacheChoice, take_cache_arguments
 from oscar_kv.evaluation.teacher import forced
+from oscar_kv.integrations.models import cache_argument
 
 SCORED_STEP = 32
 """Tokens of a continuation that are fed at once. They see each other exactly; with one at a time
@@ -70,7 +71,8 @@ class OscarLM(HarnessModel):
         cache = self.make_cache()
         if self.prefill_chunk_size is not None:
             kwargs["prefill_chunk_size"] = self.prefill_chunk_size
-        tokens = super()._model_generate(context, *args, past_key_values=cache, **kwargs)
+        kwargs[cache_argument(self.model)] = cache
+        tokens = super()._model_generate(context, *args, **kwargs)
         self.cache_choice.count(cache)
         return tokens
 
@@ -117,12 +119,14 @@ class OscarLM(HarnessModel):
     def _read(self, prompt: Sequence[int]) -> Cache:
         """A cache that holds ``prompt``."""
         cache = self.make_cache()
-        last_only = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        options: dict[str, Any] = {cache_argument(self.model): cache, "use_cache": True}
+        if self.model._supports_logits_to_keep():
+            options["logits_to_keep"] = 1
         if prompt:
             ids = torch.tensor([prompt], device=self.device)
             with self._autocast():
                 for part in ids.split(self.prefill_chunk_size or len(prompt), dim=1):
-                    self.model(part, past_key_values=cache, use_cache=True, **last_only)
+                    self.model(part, **options)
         return cache
 
     def _score(

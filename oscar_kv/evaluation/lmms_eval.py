@@ -12,6 +12,7 @@ import importlib
 from typing import Any
 
 from oscar_kv.evaluation.harness import CacheChoice, take_cache_arguments
+from oscar_kv.integrations.models import cache_argument
 
 _CLASSES = {
     "OscarLlava": ("lmms_eval.models.chat.llava_hf", "LlavaHf"),
@@ -35,9 +36,10 @@ class OverCache:
     def __init__(self, *positional: Any, **arguments: Any) -> None:
         self.cache_choice = CacheChoice(**take_cache_arguments(arguments))
         super().__init__(*positional, **arguments)
-        config, name = self.model.config, "past_key_values"
-        if hasattr(config, "thinker_config"):  # a model that speaks: what its writing half takes
-            config, name = config.thinker_config, "thinker_past_key_values"
+        config, writes, prefix = self.model.config, self.model, ""
+        if hasattr(config, "thinker_config"):  # a model that speaks: its half that writes
+            config, writes, prefix = config.thinker_config, self.model.thinker, "thinker_"
+        name = prefix + cache_argument(writes)
         make_cache, generate = self.cache_choice.maker(config), self.model.generate
         self.model.generate = lambda *given, **named: generate(
             *given, **named, **{name: make_cache()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from oscar_kv.integrations.models import is_quantized
+from oscar_kv.integrations.models import cache_argument, is_quantized
 
 
 @torch.no_grad()
@@ -19,7 +19,8 @@ def read_prompt(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> None:
     """Runs the prompt ``tokens`` (int ``[B, T]``), which attends over its exact self, into an
     empty ``cache``."""
     forward: Any = model
-    forward(tokens.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
+    forward(tokens.to(model.device), **options, logits_to_keep=1)
 
 
 @torch.no_grad()
@@ -56,10 +57,11 @@ def forced(
     """
     tokens = tokens.to(model.device)
     forward: Any = model
+    options: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
     last = tokens.shape[1] - 1
     for first in range(begin, last, step):
         end = min(first + step, last)
-        logits = forward(tokens[:, first:end], past_key_values=cache, use_cache=True).logits
+        logits = forward(tokens[:, first:end], **options).logits
         yield logits, tokens[:, first + 1 : end + 1]
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.config import OscarConfig
-from oscar_kv.integrations.layer import drop_graph
+from oscar_kv.integrations.layer import drop_graph, layer_memory
 from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.storage.ownership import outside_inference_mode
 
@@ -67,6 +67,20 @@ class OscarEncoderDecoderCache(EncoderDecoderCache):
             OscarCache(decoder, config, layers=layers, max_tokens=max_tokens),
             _EncoderStates(config=decoder),
         )
+
+    def memory(self) -> dict[str, int]:
+        """Bytes allocated by kind: those of :meth:`OscarCache.memory` for what the decoder has
+        written, and ``encoder`` for what it reads of the encoder."""
+        held = [layer_memory(layer) for layer in self.cross_attention_cache.layers]
+        return {
+            **self.self_attention_cache.memory(),
+            "encoder": sum(sum(kinds.values()) for kinds in held),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: the sum of :meth:`memory`."""
+        return sum(self.memory().values())
 
     def check_dynamic_cache(self, method: str) -> None:
         """Transformers' guard against caches that cannot be cropped or repeated: these can."""

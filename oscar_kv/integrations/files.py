@@ -9,27 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
-from transformers.configuration_utils import PreTrainedConfig
 
+from oscar_kv.integrations.fingerprint import difference, fingerprint, require_model
 from oscar_kv.integrations.layer import OscarLayer, layer_memory
+from oscar_kv.integrations.models import identity
 from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.storage.files import load_packed, save_packed
 from oscar_kv.storage.offload import Staging
 
 
 def save_cache(
-    cache: OscarCache, path: str | Path, *, about: Mapping[str, Any] | None = None
+    cache: OscarCache, path: str | Path, model: Any, *, about: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes everything ``cache`` holds to ``path``.
+    """Writes everything ``cache`` holds to ``path``, and the fingerprint of ``model``.
+
+    An earlier file of ours there stays whole until this one is.
 
     Args:
+        cache: holds at least one token.
+        path: of the file; its folder exists.
+        model: that the cache was filled by.
         about: plain values to store beside it, for :func:`oscar_kv.storage.files.read_about`.
 
     Raises:
-        ValueError: if it is empty, or has layers whose states have no file format here
-            (linear attention).
-        OSError: if the file cannot be written; an earlier one is as it was.
+        TypeError: if ``cache`` is another cache, or ``model`` no model.
+        ValueError: if the cache is empty, was made for another model, or has layers whose states
+            have no file format here (linear attention).
+        FileExistsError: if something else than such a file is there.
+        OSError: if the file cannot be written.
     """
+    if not isinstance(cache, OscarCache):
+        raise TypeError(f"cache is a {type(cache).__name__}: only an OscarCache can be saved")
+    require_model(model)
+    if cache.made_for != (own := identity(model.config)):
+        raise ValueError(f"the cache {difference(cache.made_for, own)}")
     packed, extra = {}, {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, OscarLayer):
@@ -42,13 +55,13 @@ def save_cache(
             raise ValueError(f"layer {index} is a {type(layer).__name__}: it cannot be saved")
     if not packed:
         raise ValueError("the cache is empty: expected one that has seen tokens")
-    save_packed(path, packed, extra, {**(about or {}), "made_for": cache.made_for})
+    save_packed(path, packed, extra, {**(about or {}), "fingerprint": fingerprint(model)})
 
 
 def load_cache(
     path: str | Path,
-    model_config: PreTrainedConfig,
-    device: torch.device | str = "cpu",
+    model: Any,
+    device: torch.device | str | None = None,
     *,
     offloading: bool = False,
 ) -> OscarCache:
@@ -56,34 +69,29 @@ def load_cache(
 
     Args:
         path: of the file.
-        model_config: config of the model that the cache is for.
-        device: where the cache will live.
+        model: that the cache is for: the one that filled it, loaded again or not.
+        device: where the cache will live; ``model.device`` if omitted.
         offloading: as in :class:`OscarCache`; whether the saved one was offloaded does not matter.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such file, is damaged, or was written for another model.
+        TypeError: if ``model`` is no model.
+        ValueError: if it is no such file, is damaged, or was made by another model: with other
+            weights, settings or dtype.
     """
-    staging = Staging(device) if offloading else None
-    packed, extra, about = load_packed(path, device, staging)
-    cache = OscarCache(model_config, offloading=offloading)  # layers adopt the file's configs
+    require_model(model)
+    place = model.device if device is None else device
+    staging = Staging(place) if offloading else None
+    packed, extra, about = load_packed(path, place, staging)
+    if "fingerprint" not in about:
+        raise ValueError(f"{path}: not written by save_cache, so it does not say by which model")
+    if other := difference(about["fingerprint"], fingerprint(model)):
+        raise ValueError(f"{path}: {other}")
+    cache = OscarCache(model.config, offloading=offloading)  # layers adopt the file's configs
     if cache.staging is not None and staging is not None:
         cache.staging[staging.device] = staging
-    made_for = about.get("made_for", {})
-    for name in made_for.keys() & cache.made_for.keys():
-        if made_for[name] != cache.made_for[name]:
-            raise ValueError(
-                f"{path}: made for a model with {name}={made_for[name]}: this one has "
-                f"{cache.made_for[name]}"
-            )
-    quantized = {str(i) for i, layer in enumerate(cache.layers) if isinstance(layer, OscarLayer)}
-    if quantized != packed.keys():
-        raise ValueError(
-            f"{path}: holds quantized layers {sorted(packed, key=int)}: this model has "
-            f"{sorted(quantized, key=int)}"
-        )
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, OscarLayer):
+        if isinstance(layer, OscarLayer) and str(index) in packed:
             layer.adopt(packed[str(index)])
         elif isinstance(layer, DynamicSlidingWindowLayer) and f"{index}/keys" in extra:
             keys, values = extra[f"{index}/keys"], extra[f"{index}/values"]

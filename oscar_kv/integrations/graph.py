@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from oscar_kv.integrations.layer import OscarLayer
+from oscar_kv.integrations.models import cache_argument
 from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.kernels.dispatch import choose
 from oscar_kv.storage.layout import PageLayout
@@ -198,9 +199,9 @@ class DecodeGraph:
         output = self.model(
             self._ids,
             position_ids=self._positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(self.model): self.cache},
         )
         self._positions += 1
         return output.logits[:, -1]

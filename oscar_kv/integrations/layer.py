@@ -33,6 +33,7 @@ class OscarLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(
         self,
@@ -74,11 +75,6 @@ class OscarLayer(CacheLayerMixin):
     @values.setter
     def values(self, states: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         raise AttributeError(_NOT_STORED)
-
-    @property
-    def is_croppable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether a rollback of a few tokens leaves no trace: it then stays within the tail."""
-        return self.config.recent_tokens > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         _require_four_dimensions(key_states, value_states)

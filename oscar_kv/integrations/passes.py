@@ -126,9 +126,10 @@ def _runs_a_pass(thread: threading.Thread, cache: Any) -> bool:
         return False
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None:
-        given = frame.f_locals.get("past_key_values")
+        found = frame.f_locals
+        given = found.get("cache", found.get("past_key_values"))  # before Transformers 5.24
         given = getattr(given, "self_attention_cache", given)
-        if given is cache and isinstance(frame.f_locals.get("self"), torch.nn.Module):
+        if given is cache and isinstance(found.get("self"), torch.nn.Module):
             return True
         frame = frame.f_back
     return False

@@ -32,6 +32,7 @@ from oscar_kv.integrations.models import (
     require_usable_cache,
 )
 from oscar_kv.integrations.passes import Passes
+from oscar_kv.integrations.versions import warn_if_untested
 from oscar_kv.storage.checks import as_integers
 from oscar_kv.storage.layout import PageLayout
 from oscar_kv.storage.offload import StagingByDevice
@@ -388,3 +389,4 @@ def _numbers_of_padding(starts: Tensor | Sequence[int] | None) -> list[int]:
 
 
 attention_function.register()
+warn_if_untested()

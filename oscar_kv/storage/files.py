@@ -19,7 +19,7 @@ from oscar_kv.replacing import replacing
 from oscar_kv.storage.offload import Staging
 from oscar_kv.storage.packed import PackedKV
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised whenever the page layout or this file's structure changes."""
 
 _FORMAT = "oscar-kv"
@@ -46,17 +46,19 @@ def save_packed(
     Only what is in use is written: pages that sequences share are written once.
 
     Args:
-        path: of the file; an existing one is replaced, in one step and only if all went well.
+        path: of the file; an earlier one of ours is replaced, once the new one is whole.
         caches: by name, e.g. of the layer.
         extra: further tensors to store beside them.
         about: plain values to store beside them.
 
     Raises:
         ValueError: if there is nothing to save.
+        FileExistsError: if something else is there.
         OSError: if the file cannot be written.
     """
     if not (caches or extra or about):
         raise ValueError("caches is empty: expected at least one PackedKV")
+    _require_ours(Path(path))
     tensors: dict[str, Tensor] = {f"extra/{k}": v.contiguous() for k, v in (extra or {}).items()}
     described: dict[str, Any] = {}
     for name, packed in caches.items():
@@ -120,7 +122,8 @@ def load_packed(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("version") != str(FORMAT_VERSION):
         raise ValueError(
-            f"{path}: format version {metadata.get('version')}: expected {FORMAT_VERSION}"
+            f"{path}: format version {metadata.get('version')}, expected {FORMAT_VERSION}: "
+            "compute it again"
         )
     text = metadata.get("description", "")
     if metadata.get("checksum") != checksum(text, tensors):
@@ -137,10 +140,27 @@ def load_packed(
     return Contents(caches, extra, description["about"])
 
 
+def _require_ours(path: Path) -> None:
+    """Raises FileExistsError where a file of others would be lost."""
+    if path.is_file() and not is_ours(path):
+        raise FileExistsError(f"{path}: exists and is not an {_FORMAT} file: choose another name")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file was written by :func:`save_packed`, of whatever version, damaged or not."""
+    try:
+        with _opened(path):
+            return True
+    except (ValueError, OSError):
+        return False
+
+
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
     """A file of :func:`save_packed` and its metadata; raises what :func:`read_about` does."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, expected a file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

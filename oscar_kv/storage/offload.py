@@ -71,12 +71,19 @@ class OffloadedPool(PagePool):
         return pages
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedPool:
-        self.staging.synchronize()
-        copied = copy.copy(self)
+        copied = copy.copy(self)  # whose pages are copies, as __setstate__ makes them
         copied.staging = copy.deepcopy(self.staging, memo)
         copied._free, copied._holders = list(self._free), self._holders.copy()
-        copied._chunks = [self._new_chunk().copy_(chunk) for chunk in self._chunks]
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.staging.synchronize()
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Pinned, which what comes out of a pickle is not.
+        self._chunks = [self._new_chunk().copy_(chunk) for chunk in self._chunks]
 
     def _extend(self, needed: int) -> None:
         more = -(-needed // self._per_chunk) - len(self._chunks)
@@ -161,8 +168,8 @@ class Staging:
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Staging:
-        return Staging(self.device)
+    def __reduce__(self) -> tuple[type[Staging], tuple[torch.device]]:
+        return Staging, (self.device,)  # a copy, or what comes out of a pickle, begins empty
 
     def _buffer_with(self, pool: OffloadedPool) -> _Buffer:
         owned = [b for b in self._buffers if b.owner is not None and b.owner() is pool]
