@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oscar_kv.evaluation.environment import environment
+from oscar_kv.replacing import replacing
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,7 +18,8 @@ def write(name: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> Pa
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {"environment": environment(), "settings": settings, "rows": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 

@@ -7,29 +7,27 @@ thoughts), the cache is cut back to where both agree.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from oscar_kv.config import FULL_PRECISION, OscarConfig
+from oscar_kv.config import FULL_PRECISION
 from oscar_kv.evaluation.quality import make_cache
 from oscar_kv.generation import (
     Loaded,
+    Message,
     Token,
-    cache_nbytes,
     check_length,
     continuation,
     decode_graph,
 )
-from oscar_kv.integrations.files import load_cache, save_cache
-from oscar_kv.integrations.layer import OscarLayer
+from oscar_kv.integrations.files import load_cache
 from oscar_kv.integrations.transformers import OscarCache
-
-Message = dict[str, str]
+from oscar_kv.sampling import greedy
+from oscar_kv.saved_conversation import SavedConversation
 
 SPARE_TOKENS = 2048
 """Reserved beyond an answer when a CUDA graph is captured, which then serves several turns."""
@@ -67,18 +65,24 @@ class Conversation:
         """The tokens in the cache."""
         self._drop_cache()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the cache."""
-        return cache_nbytes(self.cache)
-
     def reset(self) -> None:
         """Forgets everything that was said."""
         self.messages = []
         self._drop_cache()
 
+    def prompt(self, text: str, max_new_tokens: int) -> list[int]:
+        """The tokens of the conversation if ``text`` is said next, up to the answer.
+
+        Raises:
+            ValueError: if the model's context cannot hold them and the answer.
+        """
+        messages = [*self.system, *self.messages, _message("user", text)]
+        ids = self._encode(messages)
+        check_length(self.loaded.model.config, len(ids), max_new_tokens)
+        return ids
+
     def reply(
-        self, text: str, max_new_tokens: int, temperature: float = 0.0
+        self, text: str, max_new_tokens: int, choose: Callable[[Tensor], Tensor] = greedy
     ) -> Generator[tuple[Token, str], None, None]:
         """Says ``text`` and yields the answer: every token, and the whole answer so far.
 
@@ -89,9 +93,7 @@ class Conversation:
             ValueError: if the model's context cannot hold the conversation and the answer.
             MemoryError: if the device runs out of memory.
         """
-        question = _message("user", text)
-        wanted = self._encode([*self.messages, question])
-        check_length(self.loaded.model.config, len(wanted), max_new_tokens)
+        wanted = self.prompt(text, max_new_tokens)
         self._keep(_common_prefix(self.ids, wanted[:-1]))
         ids = torch.tensor([wanted], device=self.loaded.model.device)
         before, new = ids[:, : len(self.ids)], ids[:, len(self.ids) :]
@@ -100,7 +102,7 @@ class Conversation:
             new,
             self.cache,
             max_new_tokens,
-            temperature,
+            choose,
             graph=self._graph,
             spare=SPARE_TOKENS,
             before=before,
@@ -118,58 +120,67 @@ class Conversation:
             self._drop_cache()  # some of its layers may have seen a token that others have not
             raise
         self.ids = [*wanted, *generated][: self.cache.get_seq_length()]
-        self.messages += [question, _message("assistant", answer)]
+        self.messages += [_message("user", text), _message("assistant", answer)]
 
-    def save(self, path: str | Path) -> None:
-        """Writes the conversation to ``path``, as JSON, and its cache beside it.
+    def save(self, path: str | Path) -> str | None:
+        """Writes the conversation and its cache to one file, in one step.
+
+        Returns:
+            Why the cache is not in the file; ``None`` if it is.
 
         Raises:
-            ValueError: if nothing was said, or the cache has no file format.
-            OSError: if a file cannot be written.
+            ValueError: if nothing was said, or a file is there that is no saved conversation.
+            OSError: if the file cannot be written; an earlier one is as it was.
         """
         if not self.messages:
             raise ValueError("nothing was said yet")
-        if self.preset != FULL_PRECISION:
-            save_cache(self._oscar_cache(), _beside(path), self.loaded.model)
-        state = {"system": self.system, "messages": self.messages, "ids": self.ids}
-        Path(path).write_text(json.dumps(state, indent=1, ensure_ascii=False), encoding="utf-8")
+        name = self.loaded.model.name_or_path
+        saved = SavedConversation(name, self.preset, self.system, self.messages, self.ids)
+        cache = self.cache if isinstance(self.cache, OscarCache) else None
+        return saved.write(path, cache, self.loaded.model)
 
-    def load(self, path: str | Path) -> bool:
-        """Takes up the conversation at ``path``; this one stays if that fails.
+    def load(self, path: str | Path) -> str | None:
+        """Takes up the conversation of a file; this one stays if that fails.
 
         Returns:
-            Whether its cache was there, too, and fits. Otherwise the next reply reads it all again.
+            Why the next reply reads all of it again; ``None`` if its cache was taken up.
 
         Raises:
             OSError: if there is no such file.
-            ValueError: if it is not a conversation, or the cache beside it is damaged.
+            ValueError: if it is not a saved conversation.
         """
-        try:
-            state: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-            system, messages, ids = (state[key] for key in ("system", "messages", "ids"))
-            said = [_message(m["role"], m["content"]) for m in [*system, *messages]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a conversation ({error})") from error
-        cache = None
-        if self.preset != FULL_PRECISION and _beside(path).is_file():
-            cache = load_cache(_beside(path), self.loaded.model)
-            wanted = _configs(self._oscar_cache())
-            if cache.get_seq_length() != len(ids) or _configs(cache) != wanted:
-                cache = None
+        saved = SavedConversation.read(path)
+        cache, why = self._saved_cache(path, saved)
         self._drop_cache()
-        self.system, self.messages = said[: len(system)], said[len(system) :]
+        self.system, self.messages = saved.system, saved.messages
         if cache is not None:
-            self._use(cache, ids)
-        return cache is not None
+            self._use(cache, saved.ids)
+        return why
+
+    def _saved_cache(
+        self, path: str | Path, saved: SavedConversation
+    ) -> tuple[OscarCache | None, str | None]:
+        """The cache in a file, or why it cannot be taken up here."""
+        if not saved.ids or FULL_PRECISION in (saved.preset, self.preset):
+            return None, "it comes without a cache"
+        if saved.preset != self.preset:
+            return None, f"its cache is of the preset {saved.preset}, this chat's {self.preset}"
+        # what was read for the last answer, as this model's tokenizer and template write it
+        prompt = self._encode([*saved.system, *saved.messages[:-1]])
+        if saved.ids[: len(prompt)] != prompt:
+            return None, f"{saved.model} wrote it in other tokens than this model does"
+        try:
+            cache = load_cache(path, self.loaded.model)
+        except ValueError as error:
+            return None, str(error)
+        if cache.get_seq_length() != len(saved.ids):
+            return None, "the file is damaged: its cache holds another number of tokens"
+        return cache, None
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        tokenizer, messages = self.loaded.tokenizer, [*self.system, *messages]
-        if tokenizer.chat_template is None:
-            return self.loaded.encode("\n\n".join(m["content"] for m in messages))[0].tolist()
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
+        if self.loaded.has_chat_template:
+            return self.loaded.encode_chat(messages)[0].tolist()
+        return self.loaded.encode("\n\n".join(m["content"] for m in messages))[0].tolist()
 
     def _keep(self, count: int) -> None:
         """Cuts the cache back to its first ``count`` tokens, or to none if it cannot be cut."""
@@ -187,22 +198,9 @@ class Conversation:
         self.cache, self.ids = cache, ids
         self._graph = decode_graph(self.loaded.model, cache, self.cuda_graph)
 
-    def _oscar_cache(self) -> OscarCache:
-        assert isinstance(self.cache, OscarCache)
-        return self.cache
-
-
-def _configs(cache: OscarCache) -> list[OscarConfig]:
-    """Of every quantized layer."""
-    return [layer.config for layer in cache.layers if isinstance(layer, OscarLayer)]
-
 
 def _message(role: str, content: str) -> Message:
-    return {"role": str(role), "content": str(content)}
-
-
-def _beside(path: str | Path) -> Path:
-    return Path(path).with_suffix(".safetensors")
+    return {"role": role, "content": content}
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

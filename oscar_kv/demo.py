@@ -23,15 +23,13 @@ from oscar_kv.generation import (
     tokens_per_second,
 )
 from oscar_kv.integrations.layer import OscarLayer
-from oscar_kv.planner import ModelShape
+from oscar_kv.planner import LONG_CONTEXT, ModelShape
 
 MODEL = Path(__file__).parent / "models" / "demo"
 CACHES = (FULL_PRECISION, "paper", "compact")
 NEW_TOKENS = 64
 PREFIX = 1024
 """Prompt tokens of a scored window; the tokens after it are scored."""
-LONG_CONTEXT = 32768
-"""Tokens for which the compression of a longer context is worked out."""
 
 
 @dataclass(frozen=True)

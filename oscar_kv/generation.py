@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from oscar_kv.checkpoints import local_or_id, require_complete
 from oscar_kv.integrations.graph import DecodeGraph, require_kernels
 from oscar_kv.integrations.layer import OscarLayer, layer_memory
 from oscar_kv.integrations.models import (
@@ -33,9 +34,13 @@ from oscar_kv.integrations.models import (
 )
 from oscar_kv.integrations.transformers import OscarCache
 from oscar_kv.planner import layer_shape
+from oscar_kv.sampling import greedy
 from oscar_kv.storage.layout import PageLayout
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+Message = dict[str, str]
+"""Of a conversation: ``role`` and ``content``."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,13 @@ class Loaded:
 
     Attributes:
         processor: of a model that was loaded to see images.
+        unused: names of the checkpoint's weights that the model has no place for.
     """
 
     model: Any
     tokenizer: Any
     processor: Any = None
+    unused: tuple[str, ...] = ()
 
     @property
     def attends_packed(self) -> bool:
@@ -71,6 +78,27 @@ class Loaded:
             raise ValueError("the prompt is empty")
         return ids.to(device=self.model.device, dtype=torch.long)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer knows how the model was taught to write conversations."""
+        return bool(self.tokenizer.chat_template)
+
+    def encode_chat(self, messages: list[Message]) -> Tensor:
+        """Token ids ``[1, T]`` of a conversation in the chat template, up to the next answer.
+
+        Raises:
+            ValueError: if the template does not take it.
+        """
+        from jinja2 import TemplateError  # as late as Transformers imports it
+
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template does not take this: {error}") from error
+        return encoded["input_ids"].to(device=self.model.device, dtype=torch.long)
+
 
 def load(
     path: str | Path, dtype: str = "auto", device: str = "auto", *, images: bool = False
@@ -83,23 +111,35 @@ def load(
         images: load a model that sees images, and its processor.
 
     Raises:
-        ValueError: for an unknown dtype or device, or a model that cannot be loaded.
+        ValueError: for an unknown dtype or device, or a model that cannot be loaded whole.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {DTYPES}")
     target = _device(device)
     try:
+        path = local_or_id(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         reader: Any = (AutoProcessor if images else AutoTokenizer).from_pretrained(
             path, trust_remote_code=False
         )
         kind: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
-        model = kind.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
+        model, loading_info = kind.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused here, by name
+        )
+        require_complete(loading_info)
         model.to(target).eval()
     except Exception as error:  # Transformers and its backends raise almost anything here
         raise ValueError(f"cannot load {str(path)!r}: {error or type(error).__name__}") from error
     model.set_attn_implementation("oscar")  # no effect where the model has attention of its own
-    return Loaded(model, reader.tokenizer, reader) if images else Loaded(model, reader)
+    unused = tuple(sorted(loading_info["unexpected_keys"]))
+    if images:
+        return Loaded(model, reader.tokenizer, reader, unused)
+    return Loaded(model, reader, unused=unused)
 
 
 def quiet() -> None:
@@ -177,7 +217,7 @@ def continuation(
     prompt: Tensor,
     cache: Cache,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    choose: Callable[[Tensor], Tensor] = greedy,
     *,
     graph: DecodeGraph | None = None,
     spare: int = 0,
@@ -188,7 +228,7 @@ def continuation(
     Args:
         prompt: ids ``[1, T]``.
         cache: may hold what comes before; afterwards it holds all tokens but the last.
-        temperature: 0 picks the most likely token.
+        choose: what takes the next token from logits ``[1, V]``: ids ``[1, 1]``.
         graph: of ``model`` and ``cache``, for the steps after the prompt.
         spare: tokens to reserve for later prompts and continuations with the same graph.
         before: ids ``[1, T]`` that the cache holds, for models that have to read a text again once
@@ -223,10 +263,7 @@ def continuation(
                 logits = model(ids, **options).logits[:, -1]
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"out of memory: {error}") from error
-        if temperature:
-            ids = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
-        else:
-            ids = logits.argmax(-1, keepdim=True)
+        ids = choose(logits)
         token = int(ids)  # waits for the device
         if graph is not None and step:
             graph.require_finite()
@@ -263,6 +300,28 @@ def full_precision_nbytes(cache: Cache) -> int:
         else:
             total += sum(layer_memory(layer).values())
     return total
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a cache takes, in bytes."""
+
+    tokens: int
+    allocated: int
+    used: int
+    """Those not set aside for tokens to come."""
+    on_host: int
+    """Those in CPU memory because of offloading."""
+    full_precision: int
+    """What the same tokens take with nothing quantized."""
+
+    @classmethod
+    def of(cls, cache: Cache) -> Footprint:
+        ours = isinstance(cache, OscarCache)
+        allocated, full = cache_nbytes(cache), full_precision_nbytes(cache)
+        used = allocated - cache.memory().get("unused", 0) if ours else allocated
+        on_host = cache.host_nbytes if ours else 0
+        return cls(cache.get_seq_length(), allocated, used, on_host, full)
 
 
 def _device(name: str) -> torch.device:

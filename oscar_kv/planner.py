@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
+from oscar_kv.checkpoints import local_or_id
 from oscar_kv.config import PAGE_TOKENS, PRESETS, OscarConfig
 from oscar_kv.integrations.models import ImageLayer, cache_layers, is_quantized
 from oscar_kv.integrations.vllm.plugin import BACKENDS
@@ -26,6 +27,9 @@ BASELINES = {"bf16": 2, "fp8": 1}
 """Bytes per element of the caches that presets are compared with."""
 
 GIB = 1 << 30
+
+LONG_CONTEXT = 32768
+"""Tokens for which the compression of a longer context is worked out."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ class ModelShape:
         Raises:
             OSError, ValueError: if there is no such configuration, or none that can be planned.
         """
-        return cls.from_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(local_or_id(model), trust_remote_code=False)
+        return cls.from_config(config)
 
     def nbytes(self, method: str, context: int, batch: int = 1) -> int:
         """Bytes of the cache of ``batch`` sequences of ``context`` tokens.
@@ -189,6 +194,21 @@ def plan(
             served = model.served_tokens(method, budget, context)
         rows.append(PlanRow(method, used, 16 * used / full, full / used, longest, served))
     return rows
+
+
+def long_context_ratio(config: PreTrainedConfig, method: str) -> float | None:
+    """How many times smaller than BF16 a cache of :data:`LONG_CONTEXT` tokens is.
+
+    ``None`` for a model whose configuration does not say what its layers cache.
+
+    Args:
+        method: a key of :data:`BASELINES` or the name of a preset.
+    """
+    try:
+        shape = ModelShape.from_config(config)
+    except ValueError:
+        return None
+    return shape.nbytes("bf16", LONG_CONTEXT) / shape.nbytes(method, LONG_CONTEXT)
 
 
 def layer_shape(layer: Any, config: Any) -> LayerShape | None:

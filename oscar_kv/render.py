@@ -12,9 +12,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from oscar_kv.config import FULL_PRECISION
+from oscar_kv.config import FULL_PRECISION, PAGE_TOKENS, OscarConfig
 from oscar_kv.demo import CacheResult, Continuation, DemoResult
-from oscar_kv.planner import GIB, ModelShape, PlanRow
+from oscar_kv.generation import Footprint
+from oscar_kv.planner import GIB, LONG_CONTEXT, ModelShape, PlanRow
+from oscar_kv.replacing import replacing
 
 
 def size(nbytes: float) -> str:
@@ -24,6 +26,41 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.4g} {unit}"
         nbytes /= 1024
     return f"{nbytes:,.1f} TiB"
+
+
+def cache_summary(
+    takes: Footprint, preset: str, dtype: str, long_ratio: float | None, speed: float | None
+) -> str:
+    """A line about the cache of a continuation: what it takes, and what it saves, now and later.
+
+    Args:
+        takes: after the continuation.
+        preset: of the cache, or ``FULL_PRECISION``.
+        dtype: of the model.
+        long_ratio: how many times smaller the cache is at :data:`LONG_CONTEXT` tokens.
+        speed: tokens per second.
+    """
+    rate = "" if speed is None else f"; {speed:.1f} tokens/s"
+    cache, allocated = f"KV cache of {takes.tokens:,} tokens", size(takes.allocated)
+    if preset == FULL_PRECISION:
+        return f"{cache}: {allocated} ({dtype}){rate}"
+    if size(takes.used) != allocated:
+        allocated = f"{size(takes.used)} in use, {allocated} allocated"
+    host = f", {size(takes.on_host)} of it in CPU memory" if takes.on_host else ""
+    saved = f"{takes.full_precision / takes.allocated:.2f}x smaller"
+    if takes.allocated >= takes.full_precision:
+        exact = OscarConfig.preset(preset).recent_tokens
+        saved = (
+            f"nothing saved yet, because the newest {exact} to {exact + PAGE_TOKENS - 1} tokens "
+            f"stay in {dtype}"
+        )
+    later = ""
+    if long_ratio is not None:
+        later = f"; at {LONG_CONTEXT // 1024}K tokens {long_ratio:.2f}x smaller (computed)"
+    return (
+        f"{cache}: {allocated} ({preset}{host}) instead of {size(takes.full_precision)} "
+        f"({dtype}): {saved}{later}{rate}"
+    )
 
 
 def prompt_excerpt(prompt: str, tokens: int) -> Panel:
@@ -67,7 +104,7 @@ def demo_table(result: DemoResult) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("KV cache")
     for cache in result.caches:
-        table.add_column(_title(cache.name, result.dtype), justify="right")
+        table.add_column(_title(cache.name, result.dtype), justify="right", overflow="fold")
     for label, cells in (
         (f"memory, {tokens:,} tokens", [size(c.nbytes) for c in result.caches]),
         ("  times smaller", [f"{c.ratio:.2f}x" for c in result.caches]),
@@ -102,12 +139,13 @@ def demo_table(result: DemoResult) -> RenderableType:
 def plan_table(model: ModelShape, rows: Sequence[PlanRow], context: int, batch: int) -> Group:
     """A plan, a row per cache."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("KV cache", "memory", "bits per element", "times smaller"):
-        table.add_column(heading, justify="left" if heading == "KV cache" else "right")
+    headings = ["KV cache", "memory", "bits per element", "times smaller"]
     with_memory = rows[0].longest_context is not None
     if with_memory:
-        table.add_column("longest context", justify="right")
-        table.add_column("tokens in vLLM", justify="right")
+        headings += ["longest context", "tokens in vLLM"]
+    for heading in headings:  # folded where the terminal is narrow, for a number cut off is wrong
+        justify = "left" if heading == "KV cache" else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
     for row in rows:
         cells = [size(row.nbytes), f"{row.bits_per_element:.2f}", f"{row.ratio:.2f}x"]
         if with_memory:
@@ -130,10 +168,13 @@ def save_plot(
 
     Raises:
         ImportError: if matplotlib is missing.
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written; an earlier one is as it was.
         ValueError: if matplotlib does not know the file's format.
     """
     from matplotlib.figure import Figure
+
+    if not to.suffix:
+        raise ValueError(f"{str(to)!r} names no format: expected a name such as {to}.png")
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -149,7 +190,8 @@ def save_plot(
     axes.set(xlabel="tokens per sequence", xlim=(0, context), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(to, dpi=150)
+    with replacing(to) as part:
+        figure.savefig(part, dpi=150)
 
 
 def _plan_note(model: ModelShape) -> str:

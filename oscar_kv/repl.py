@@ -1,122 +1,138 @@
-"""The terminal side of ``oscar-kv chat``: lines in, answers out, and what the cache costs."""
+"""The terminal side of ``oscar-kv chat``: messages in, answers out, and what the cache costs."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
+from torch import Tensor
 
 from oscar_kv.chat import Conversation
-from oscar_kv.generation import Token, tokens_per_second
+from oscar_kv.generation import Footprint, Token, tokens_per_second
+from oscar_kv.progress import progress_display, say
 from oscar_kv.render import size
+from oscar_kv.user_input import LineInput, read_text
 
 COMMANDS = """\
-/save FILE   write the conversation to FILE and its cache beside it
+/file FILE   put a text file in front of the next message
+/save FILE   write the conversation and its cache to one file
 /load FILE   continue a conversation that was saved
 /reset       forget everything that was said
 /help        this list
 /quit        leave; so does the end of the input
-Ctrl-C stops an answer and keeps what there is of it."""
+A pasted block is one message. Ctrl-C stops an answer and keeps what there is of it."""
 
 
-def chat(conversation: Conversation, max_new_tokens: int, temperature: float) -> None:
-    """Reads lines until there are no more. Mistakes are said and end nothing."""
-    out = Console(highlight=False)
-    while (line := _read_line(out)) is not None:
-        try:
-            if line.startswith("/"):
-                if not _command(conversation, line, out):
-                    return
-            elif line:
-                _answer(conversation, line, max_new_tokens, temperature, out)
-        except (ValueError, OSError, MemoryError) as error:
-            _say(f"error: {' '.join(str(error).split())}")
-        except KeyboardInterrupt:
-            _say("stopped")
+class Chat:
+    """Reads messages until there are no more. Mistakes are said and end nothing.
 
+    Args:
+        conversation: which goes on here.
+        max_new_tokens: of an answer.
+        choose: what takes the next token from logits.
+    """
 
-def _read_line(out: Console) -> str | None:
-    try:
-        return out.input("[bold]> [/bold]" if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return None
-    except KeyboardInterrupt:
-        return ""
+    def __init__(
+        self,
+        conversation: Conversation,
+        max_new_tokens: int,
+        choose: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.conversation = conversation
+        self.max_new_tokens = max_new_tokens
+        self.choose = choose
+        self._files: list[str] = []
+        """Texts that go in front of the next message."""
 
+    def run(self) -> None:
+        """Returns after ``/quit``, or at the end of the input."""
+        lines = LineInput()
+        while (text := lines.read()) is not None:
+            try:
+                if text.startswith("/") and "\n" not in text:
+                    if not self._command(text):
+                        return
+                elif text:
+                    self._answer(text)
+            except BrokenPipeError:  # nobody reads the answers
+                raise
+            except (ValueError, TypeError, OSError, MemoryError) as error:
+                say(f"error: {' '.join(str(error).split())}")
+            except KeyboardInterrupt:
+                say("stopped")
 
-def _command(conversation: Conversation, line: str, out: Console) -> bool:
-    """Runs a command; False if it is the last one."""
-    name, _, argument = line.partition(" ")
-    argument = argument.strip()
-    if name in ("/save", "/load") and not argument:
-        raise ValueError(f"{name}: expected the name of a file")
-    if name == "/save":
-        conversation.save(argument)
-        _say(f"saved {len(conversation.messages)} messages and {len(conversation.ids):,} tokens")
-    elif name == "/load":
-        kept = conversation.load(argument)
-        state = "with its cache" if kept else "its cache will be made again"
-        _say(f"loaded {len(conversation.messages)} messages, {state}")
-    elif name == "/reset":
-        conversation.reset()
-    elif name == "/help":
-        out.print(COMMANDS, markup=False)
-    elif name != "/quit":
-        raise ValueError(f"{name}: no such command; /help lists them")
-    return name != "/quit"
+    def add_file(self, path: str | Path) -> None:
+        """Puts a text file in front of the next message.
 
+        Raises:
+            ValueError: if it cannot be read, is no text, or is too long for the model.
+        """
+        files = [*self._files, f"{Path(path).name}:\n\n{read_text(path)}"]
+        prompt = self.conversation.prompt("\n\n".join(files), self.max_new_tokens)
+        self._files = files
+        say(f"{path} goes in front of your next message: {len(prompt):,} tokens in all so far")
 
-def _answer(
-    conversation: Conversation, text: str, max_new_tokens: int, temperature: float, out: Console
-) -> None:
-    tokens: list[Token] = []
-    shown = ""
+    def _command(self, line: str) -> bool:
+        """Runs a command; False if it is the last one."""
+        name, _, argument = line.partition(" ")
+        path = os.path.expanduser(argument.strip())
+        if name in ("/file", "/save", "/load") and not path:
+            raise ValueError(f"{name}: expected the name of a file")
+        conversation = self.conversation
+        if name == "/file":
+            self.add_file(path)
+        elif name == "/save":
+            why = conversation.save(path)
+            state = "with its cache" if why is None else f"without its cache: {why}"
+            say(f"saved {len(conversation.messages)} messages to {path}, {state}")
+        elif name == "/load":
+            why = conversation.load(path)
+            state = "with its cache" if why is None else f"to be read again: {why}"
+            say(f"loaded {len(conversation.messages)} messages, {state}")
+        elif name == "/reset":
+            conversation.reset()
+            self._files = []
+        elif name == "/help":
+            print(COMMANDS)
+        elif name != "/quit":
+            raise ValueError(f"{name}: no such command; /help lists them")
+        return name != "/quit"
 
-    def status() -> str:
-        speed = tokens_per_second(tokens)
+    def _answer(self, text: str) -> None:
+        tokens: list[Token] = []
+        shown = ""
+        message = "\n\n".join([*self._files, text])
+        reply = self.conversation.reply(message, self.max_new_tokens, self.choose)
+        with contextlib.closing(reply), _first_interrupt() as stop:
+            with progress_display() as progress:
+                progress.add_task("reading", total=None)
+                first = next(reply)
+            answer = ""
+            for token, answer in itertools.chain([first], reply):
+                tokens.append(token)
+                whole = answer.rstrip("\N{REPLACEMENT CHARACTER}")  # half a character, so far
+                if len(whole) > len(shown):
+                    print(whole[len(shown) :], end="", flush=True)
+                    shown = whole
+                if stop.is_set():
+                    break
+            print(answer[len(shown) :])
+        self._files = []
+        say(self._status(tokens))
+
+    def _status(self, tokens: list[Token]) -> str:
+        conversation = self.conversation
+        takes, speed = Footprint.of(conversation.cache), tokens_per_second(tokens)
         rate = "" if speed is None else f", {speed:.1f} tokens/s"
-        count = conversation.cache.get_seq_length()
-        return f"{count:,} tokens in {size(conversation.nbytes)} ({conversation.preset}){rate}"
-
-    reply = conversation.reply(text, max_new_tokens, temperature)
-    with contextlib.closing(reply), _first_interrupt() as stop, _display(out) as show:
-        for token, answer in reply:
-            tokens.append(token)
-            show(answer[len(shown) :], answer, status())
-            shown = answer
-            if stop.is_set():
-                break
-    _say(status())
-
-
-Show = Callable[[str, str, str], None]
-"""Shows an answer: what is new of it, all of it, and the status line."""
-
-
-@contextlib.contextmanager
-def _display(out: Console) -> Iterator[Show]:
-    if not out.is_terminal:
-        yield lambda new, answer, status: out.print(new, end="", markup=False)
-        out.print()
-        return
-    with Live(console=out, refresh_per_second=8, vertical_overflow="visible") as live:
-        last = Text()
-
-        def show(new: str, answer: str, status: str) -> None:
-            nonlocal last
-            last = Text(answer)
-            live.update(Group(last, Text(status, style="dim")))
-
-        try:
-            yield show
-        finally:
-            live.update(last)
+        return (
+            f"{takes.tokens:,} tokens in {size(takes.used)} ({conversation.preset}), "
+            f"{size(takes.full_precision)} in {conversation.loaded.dtype}{rate}"
+        )
 
 
 @contextlib.contextmanager
@@ -135,7 +151,3 @@ def _first_interrupt() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

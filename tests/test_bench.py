@@ -91,7 +91,8 @@ def test_without_a_checkout_it_says_what_to_do(
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "model"])
     assert stop.value.code == 2
-    assert "clone the repository" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "in a checkout of the repository, run python -m oscar_kv bench model" in error
 
 
 def test_it_runs_the_benchmark_in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,10 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "prompt.safetensors"
     save_cache(filled(model), path, model)
     before = path.read_bytes()
-    with full_disk(len(before)), pytest.raises(OSError, match=r"prompt\.safetensors: cannot be"):
+    with (
+        full_disk(len(before)),
+        pytest.raises(OSError, match=r"cannot write .*prompt\.safetensors"),
+    ):
         save_cache(filled(model, 600), path, model)
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
@@ -170,12 +173,12 @@ def test_places_where_no_file_can_be(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     before = {each: each.read_bytes() for each in tmp_path.iterdir()}
     for place, error, told in (
-        (tmp_path, IsADirectoryError, "is a folder, expected the name of a file"),
-        (tmp_path / "no" / "such", FileNotFoundError, r"no: no such folder"),
-        (tmp_path / "notes.txt" / "a", FileNotFoundError, r"notes\.txt: no such folder"),
+        (tmp_path, IsADirectoryError, "that is a folder: add the name of a file"),
+        (tmp_path / "no" / "such", FileNotFoundError, "there is no folder '.*no'"),
+        (tmp_path / "notes.txt" / "a", FileNotFoundError, r"there is no folder '.*notes\.txt'"),
         (theirs, FileExistsError, "exists and is not an oscar-kv file: choose another name"),
         (tmp_path / "notes.txt", FileExistsError, "exists and is not an oscar-kv file"),
-        ("/dev/null", FileExistsError, "exists and is not an oscar-kv file"),
+        ("/dev/null", OSError, "that is no regular file"),
         (tmp_path / ("a" * 300), OSError, "too long"),
     ):
         with pytest.raises(error, match=told):

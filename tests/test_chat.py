@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import io
-import json
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+from talks import FIRST, SECOND, say, tokens_read
 
-from oscar_kv import OscarCache, OscarConfig, repl, save_cache
+from oscar_kv import repl
 from oscar_kv.chat import Conversation
 from oscar_kv.cli import main
 from oscar_kv.config import FULL_PRECISION
 from oscar_kv.demo import MODEL
-from oscar_kv.generation import Loaded, load, quiet
+from oscar_kv.generation import Loaded, cache_nbytes, load, quiet
+from oscar_kv.saved_conversation import SavedConversation
 
-FIRST, SECOND = "import os\ndef read(path):\n    with open(path) as", "def write(path, text):\n"
 THOUGHTS = (
     "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}# dropped\n"
     "{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
@@ -37,20 +35,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture
 def read(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each step of the model read."""
-    lengths: list[int] = []
-    forward = loaded.model.forward
-
-    def counted(input_ids: Tensor, **others: Any) -> Any:
-        lengths.append(input_ids.shape[1])
-        return forward(input_ids, **others)
-
-    monkeypatch.setattr(loaded.model, "forward", counted)
-    return lengths
-
-
-def say(conversation: Conversation, text: str, count: int = 12) -> str:
-    return [answer for _, answer in conversation.reply(text, count)][-1]
+    return tokens_read(loaded, monkeypatch)
 
 
 def test_only_what_is_new_is_read(loaded: Loaded, read: list[int]) -> None:
@@ -77,7 +62,7 @@ def test_a_packed_cache_serves_many_turns(loaded: Loaded) -> None:
     conversation.reset()
     assert not conversation.messages
     assert conversation.system
-    assert conversation.nbytes == 0
+    assert cache_nbytes(conversation.cache) == 0
 
 
 def test_a_template_may_drop_what_the_cache_holds(
@@ -133,84 +118,158 @@ def test_a_context_that_is_too_short_is_refused(loaded: Loaded) -> None:
     assert not conversation.messages
 
 
-def test_saved_and_taken_up_again(loaded: Loaded, read: list[int], tmp_path: Path) -> None:
-    conversation = Conversation(loaded, "quality", system="# Python\n" * 60)
-    with pytest.raises(ValueError, match="nothing was said"):
-        conversation.save(tmp_path / "talk.json")
-    say(conversation, FIRST)
-    conversation.save(tmp_path / "talk.json")
-    other = Conversation(loaded, "quality")
-    assert other.load(tmp_path / "talk.json")
-    read.clear()
-    answer = say(other, SECOND)
-    assert read[0] < 30  # the cache was taken up
-    assert answer == say(conversation, SECOND)
-
-    assert not Conversation(loaded, "high").load(tmp_path / "talk.json")  # another cache
-    config = loaded.model.config
-    mixed = OscarCache(config, OscarConfig.quality(), layers={1: OscarConfig.high()})
-    ids = json.loads((tmp_path / "talk.json").read_text())["ids"]
-    loaded.model(torch.tensor([ids]), past_key_values=mixed)
-    save_cache(mixed, tmp_path / "talk.safetensors", loaded.model)
-    assert not Conversation(loaded, "quality").load(tmp_path / "talk.json")  # in one layer
-    (tmp_path / "talk.safetensors").unlink()
-    again = Conversation(loaded, "quality")
-    assert not again.load(tmp_path / "talk.json")
-    assert again.messages == other.messages[:2]
-    assert say(again, SECOND)
+Typed = Callable[..., tuple[str, str]]
 
 
-def test_damaged_files_change_nothing(loaded: Loaded, tmp_path: Path) -> None:
-    conversation = Conversation(loaded, "compact")
-    say(conversation, FIRST)
-    conversation.save(tmp_path / "talk.json")
-    before = list(conversation.messages)
-    for name, text in (("a", "{"), ("b", "[]"), ("c", '{"messages": [], "ids": []}')):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match="not a conversation"):
-            conversation.load(tmp_path / name)
-    (tmp_path / "talk.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"talk\.safetensors"):
-        conversation.load(tmp_path / "talk.json")
-    with pytest.raises(OSError, match="nowhere"):
-        conversation.load(tmp_path / "nowhere")
-    assert conversation.messages == before
-    assert say(conversation, SECOND)
-
-
+@pytest.fixture
 def typed(
-    lines: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[str, str]:
-    """What ``oscar-kv chat`` says on stdout and stderr to these lines."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    with pytest.raises(SystemExit) as end:
-        main(["chat", "--model", str(MODEL), "--max-new-tokens", "5", "--dtype", "float32"])
-    assert not end.value.code
-    captured = capsys.readouterr()
-    return captured.out, captured.err
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Typed:
+    """What ``oscar-kv chat`` says on stdout and stderr to lines from a pipe."""
+
+    def call(lines: str | bytes, *options: object) -> tuple[str, str]:
+        piped = io.BytesIO(lines if isinstance(lines, bytes) else lines.encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(piped))
+        monkeypatch.setattr("oscar_kv.generation.load", lambda *_: loaded)
+        arguments = ["chat", "--model", str(MODEL), "--max-new-tokens", "5"]
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, *map(str, options)])
+        assert not end.value.code
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return call
 
 
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "talk.json"
+NOTE = "note: this model has no chat template: it may continue your text, not answer it\n"
+
+
+def test_the_command(typed: Typed, tmp_path: Path) -> None:
+    file = tmp_path / "talk"
     lines = (
         f"/save {file}\n{SECOND}\n\n/save {file}\n/reset\n/load {file}\n/help\n/nonsense\n/load\n"
     )
-    out, err = typed(lines + SECOND, monkeypatch, capsys)
-    assert json.loads(file.read_text())["messages"][0]["content"] == SECOND.strip()
+    out, err = typed(lines + SECOND)
+    assert SavedConversation.read(file).messages[0]["content"] == SECOND.strip()
     assert "/quit" in out
     for said in (
         "error: nothing was said yet",
         "(compact)",
-        "saved 2 messages",
+        f"saved 2 messages to {file}, with its cache",
         "loaded 2 messages, with its cache",
         "error: /nonsense: no such command",
         "error: /load: expected the name of a file",
     ):
         assert said in err
-    out, err = typed(f"/quit\n{SECOND}", monkeypatch, capsys)
-    assert out == err == ""
+    assert typed(f"/quit\n{SECOND}") == ("", NOTE)
+
+
+def test_what_cannot_be_saved_ends_nothing(
+    typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "weights").write_bytes(b"weights")
+    refused = (
+        f"{tmp_path}/none/talk",
+        tmp_path,
+        f"{tmp_path}/t/",
+        "/dev/full",
+        f"{tmp_path}/weights",
+    )
+    lines = [
+        FIRST.split("\n")[0],
+        *(f"/save {path}" for path in refused),
+        "/save  ~/my talk ",
+        SECOND,
+    ]
+    _, err = typed("\n".join(lines))
+    assert err.count("error: ") == len(refused)
+    assert (tmp_path / "weights").read_bytes() == b"weights"
+    saved = SavedConversation.read(tmp_path / "home" / "my talk")
+    assert [m["role"] for m in saved.messages] == ["user", "assistant"]
+    assert err.count("tokens/s") == 2  # the conversation went on
+
+
+def test_documents_go_in_front_of_the_next_message(typed: Typed, tmp_path: Path) -> None:
+    (tmp_path / "doc.py").write_bytes(b"\xef\xbb\xbfx = 1\r\ny = 2\r\n")
+    (tmp_path / "other.py").write_text("z = 3\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "long.py").write_text("x = 1\n" * 1500)
+    (tmp_path / "system").write_text("# Python\n")
+    lines = (
+        *(f"/file {tmp_path}/{name}" for name in ("other.py", "binary", "long.py", "none")),
+        "print(", "print(z", f"/save {tmp_path}/talk",
+    )  # fmt: skip
+    system, document = tmp_path / "system", tmp_path / "doc.py"
+    _, err = typed("\n".join(lines), "--file", document, "--system-file", system)
+    assert err.count("goes in front of your next message") == 2
+    assert "binary' is not UTF-8 text" in err
+    assert "long.py" not in err.replace(f"{tmp_path}/long.py", "")
+    assert "exceed the model's context" in err
+    assert "none': No such file" in err
+    saved = SavedConversation.read(tmp_path / "talk")
+    assert saved.system == [{"role": "system", "content": "# Python\n"}]
+    asked = [m["content"] for m in saved.messages if m["role"] == "user"]
+    assert asked == ["doc.py:\n\nx = 1\ny = 2\n\n\nother.py:\n\nz = 3\n\n\nprint(", "print(z"]
+
+
+def test_bytes_that_are_no_text_end_nothing(typed: Typed) -> None:
+    _, err = typed(b"caf\xe9\nimport os\n")
+    assert err.count("tokens/s") == 2
+
+
+def test_characters_of_several_tokens_are_printed_once(
+    loaded: Loaded, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = iter(
+        [
+            "a",
+            "a\N{REPLACEMENT CHARACTER}",
+            "a\u4f1a",
+            "a\u4f1ab",
+            "a\u4f1ab\N{REPLACEMENT CHARACTER}",
+        ]
+    )
+    monkeypatch.setattr(type(loaded.tokenizer), "decode", lambda *_, **__: next(decoded))
+    assert typed("x")[0] == "a\u4f1ab\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_a_template_that_refuses_ends_nothing(
+    loaded: Loaded, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (
+        "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('not that') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
+    _, err = typed("bad words\nimport os\n")
+    assert err.startswith("error: the model's chat template does not take this: not that\n")
+    assert "note" not in err  # it has a template
+    assert err.count("tokens/s") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--system", "a", "--system-file", "b"), "only one of --system and --system-file"),
+        (("--system-file", "{tmp}/none"), "none': No such file"),
+        (("--file", "{tmp}/none"), "none': No such file"),
+        (("--top-p", "0.9"), "set a temperature"),
+        (("--model", "{tmp}/none"), "no such file or folder"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line(
+    options: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [option.format(tmp=tmp_path) for option in options]
+    with pytest.raises(SystemExit) as end:
+        main(["chat", "--model", str(MODEL), *given])
+    assert end.value.code == 2
+    error = capsys.readouterr().err.removeprefix(NOTE)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert says in error
 
 
 def test_the_first_interrupt_waits_for_the_token() -> None:

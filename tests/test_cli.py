@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
+from test_json_fields import documented, fields
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +28,7 @@ from transformers import (
 from oscar_kv import OscarConfig
 from oscar_kv.cli import main
 from oscar_kv.demo import MODEL, Demo
-from oscar_kv.render import continuations, continuations_plain, demo_table
+from oscar_kv.render import continuations, continuations_plain, demo_table, size
 from oscar_kv.storage.layout import PageLayout
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again. " * 40
@@ -98,7 +102,7 @@ def test_generate_streams_text_and_sums_up_on_stderr(run: Run, llama: Path) -> N
     assert code == 0
     assert "error" not in err
     assert "(compact) instead of" in err
-    assert "smaller" in err
+    assert "smaller; at 32K tokens" in err
     code, document, err = run(*args, "--json")
     result = json.loads(document)
     assert out.strip() == result["text"].strip()
@@ -118,7 +122,107 @@ def test_generate_reports_what_was_allocated(run: Run, llama: Path, preset: str)
     assert result["full_precision_kv_bytes"] == 2 * 2 * tokens * 2 * 32 * 2
     tables = result["kv_bytes"] - _packed_bytes(preset, tokens)
     assert 0 <= tables < 200
+    assert 0 < result["used_kv_bytes"] < result["kv_bytes"]
+    long = result["long_context"]
+    assert result["long_context_ratio"] == 2 * 2 * long * 2 * 32 * 2 / _packed_bytes(preset, long)
     assert result["ratio"] == pytest.approx(result["full_precision_kv_bytes"] / result["kv_bytes"])
+
+
+@pytest.mark.parametrize("preset", ["paper", "compact"])
+def test_a_short_prompt_is_told_the_truth(run: Run, llama: Path, preset: str) -> None:
+    """Nothing is saved yet, how much is in use and allocated, and what will be at 32K tokens."""
+    args = ("generate", "--model", llama, "--prompt", "the", "--preset", preset)
+    result = json.loads(run(*args, "--max-new-tokens", 5, "--json")[1])
+    tokens = result["prompt_tokens"] + 4
+    assert result["full_precision_kv_bytes"] == 2 * 2 * tokens * 2 * 32 * 2
+    assert 0 <= result["used_kv_bytes"] - result["full_precision_kv_bytes"] < 200  # its tables
+    _, _, err = run(*args, "--max-new-tokens", 5)
+    exact = {"paper": "0 to 127", "compact": "128 to 255"}[preset]
+    used, allocated = size(result["used_kv_bytes"]), size(result["kv_bytes"])
+    assert err.startswith(
+        f"KV cache of {tokens} tokens: {used} in use, {allocated} allocated ({preset}) instead of "
+        f"{size(result['full_precision_kv_bytes'])} (bfloat16): nothing saved yet, because the "
+        f"newest {exact} tokens stay in bfloat16; at 32K tokens "
+        f"{result['long_context_ratio']:.2f}x smaller (computed)"
+    )
+
+
+def test_full_precision_saves_nothing_and_says_so(run: Run, llama: Path) -> None:
+    args = ("generate", "--model", llama, "--prompt", TEXT, "--preset", "full")
+    _, _, err = run(*args, "--max-new-tokens", 2)
+    assert re.fullmatch(r"KV cache of \d+ tokens: [\d.]+ KiB \(bfloat16\); [\d.]+ tokens/s\n", err)
+    assert json.loads(run(*args, "--json", "--max-new-tokens", 2)[1])["long_context_ratio"] == 1
+
+
+def test_a_prompt_from_standard_input(
+    run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(piped: bytes, *args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped)))
+        return run("generate", "--model", llama, *args, "--json", "--max-new-tokens", 3)
+
+    (tmp_path / "prompt").write_text("the quick\nbrown")
+    results = [
+        json.loads(generate(piped, *args)[1])
+        for piped, *args in (
+            (b"", "--prompt-file", tmp_path / "prompt"),
+            (b"the quick\nbrown", "--prompt", "-"),
+            (b"\xef\xbb\xbfthe quick\r\nbrown", "--prompt-file", "-"),
+        )
+    ]
+    for result in results:
+        assert (result["text"], result["prompt_tokens"]) == (
+            results[0]["text"],
+            results[0]["prompt_tokens"],
+        )
+    assert generate(b"", "--prompt", "-")[2] == "error: the prompt is empty\n"
+    assert generate(b"\xff", "--prompt", "-")[2] == "error: standard input is not UTF-8 text\n"
+
+
+def test_an_instruct_model_answers_in_its_chat_template(
+    run: Run, llama: Path, tmp_path: Path
+) -> None:
+    """As is expected of one; what it was taught to continue is the template's text."""
+    shutil.copytree(llama, tmp_path / "instruct")
+    (tmp_path / "instruct" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+
+    def generate(model: Path, prompt: str, *args: str) -> tuple[dict[str, Any], str]:
+        code, out, err = run(
+            *("generate", "--model", model, "--prompt", prompt, "--max-new-tokens", 8, "--json"),
+            *args,
+        )
+        assert code == 0
+        return json.loads(out), err
+
+    plain, none = generate(llama, "<user>the quick<assistant>")
+    assert (plain["chat_template"], none) == (False, "")
+    answer, note = generate(tmp_path / "instruct", "the quick")
+    assert "--no-chat-template continues the text" in note
+    assert answer["chat_template"]
+    for field in ("text", "prompt_tokens"):
+        assert answer[field] == plain[field]
+    asked, none = generate(tmp_path / "instruct", "the quick", "--chat-template")
+    assert (asked["text"], none) == (answer["text"], "")
+    continued, none = generate(tmp_path / "instruct", "the quick", "--no-chat-template")
+    assert (continued["chat_template"], none) == (False, "")
+    assert continued["text"] == generate(llama, "the quick")[0]["text"]
+    code, _, err = run("generate", "--model", llama, "--prompt", "a", "--chat-template")
+    assert (code, err) == (2, "error: --chat-template: this model has none\n")
+
+
+def test_a_seed_repeats_a_continuation(run: Run, llama: Path) -> None:
+    args = ("generate", "--model", llama, "--prompt", "the", "--json", "--max-new-tokens", 20)
+
+    def text(*more: object) -> str:
+        return json.loads(run(*args, *more)[1])["text"]
+
+    drawn = ("--temperature", 1, "--seed")
+    assert text(*drawn, 1) == text(*drawn, 1) != text(*drawn, 2)
+    assert text(*drawn, 1, "--top-k", 1) == text() != text(*drawn, 1)
+    assert text(*drawn, 1, "--top-p", 1e-6) == text()
 
 
 def test_generate_with_pages_in_cpu_memory(run: Run, llama: Path) -> None:
@@ -204,6 +308,32 @@ def test_info_table_and_picture(run: Run, llama: Path, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_narrow_terminal_folds_numbers_and_cuts_none(
+    run: Run, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    code, out, _ = run("info", "--model", llama, "--gpu-memory", 1000)
+    assert code == 0
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+
+
+def test_a_picture_that_cannot_be_finished_leaves_the_earlier_one(
+    run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "plan.svg"
+    picture.write_text("earlier")
+
+    def full(figure: Figure, path: Path, **_: object) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    code, _, err = run("info", "--model", llama, "--plot", picture)
+    assert (code, err) == (2, f"error: cannot write '{picture}': No space left on device\n")
+    assert picture.read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.svg"]
+
+
 # -- mistakes ---------------------------------------------------------------------------------
 
 GENERATE = ("generate", "--model", "{llama}")
@@ -229,6 +359,10 @@ INFO = ("info", "--model", "{llama}")
         ((*INFO, "--weights", "9"), "--gpu-memory"),
         ((*INFO, "--plot", "{tmp}/no/folder.png"), "cannot write"),
         ((*INFO, "--plot", "{tmp}/plan.xyz"), "xyz"),
+        ((*INFO, "--plot", "{tmp}/plan"), "plan.png"),
+        ((*INFO, "--plot", "{tmp}"), "names no format"),
+        (("info", "--model", "/nonexistent"), "cannot plan '/nonexistent': no such file or folder"),
+        (("generate", "--frobnicate"), "oscar-kv generate --help"),
         (GENERATE, "--prompt-file"),
         ((*GENERATE, "--prompt", "a", "--prompt-file", "{tmp}/latin1.txt"), "one of"),
         ((*GENERATE, "--prompt", ""), "empty"),
@@ -240,6 +374,9 @@ INFO = ("info", "--model", "{llama}")
         ((*GENERATE, "--prompt", "a", "--temperature", "-1"), "--temperature"),
         ((*GENERATE, "--prompt", "a", "--temperature", "nan"), "temperature"),
         ((*GENERATE, "--prompt", "a", "--max-new-tokens", "0"), "--max-new-tokens"),
+        ((*GENERATE, "--prompt", "a", "--top-p", "0.9"), "set a temperature"),
+        ((*GENERATE, "--prompt", "a", "--temperature", "1", "--top-p", "2"), "--top-p"),
+        ((*GENERATE, "--prompt", "a", "--temperature", "1", "--top-k", "0"), "--top-k"),
         ((*GENERATE, "--prompt", "a", "--max-new-tokens", "1024"), "context of 1024"),
         (("generate", "--model", "{tmp}/nothing", "--prompt", "a"), "cannot load"),
         (("generate", "--model", "{tmp}/config-only", "--prompt", "a"), "cannot load"),
@@ -265,12 +402,6 @@ def test_missing_matplotlib(run: Run, llama: Path, monkeypatch: pytest.MonkeyPat
     code, _, err = run("info", "--model", llama, "--plot", "plan.png")
     assert code == 2
     assert err == "error: --plot needs matplotlib: pip install 'oscar-kv[plot]'\n"
-
-
-def test_help(run: Run) -> None:
-    code, out, _ = run("--help")
-    assert code == 0
-    assert all(name in out for name in ("demo", "generate", "info"))
 
 
 # -- demo -------------------------------------------------------------------------------------
@@ -317,4 +448,6 @@ def test_demo_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1,023 tokens of 1 held-out windows" in " ".join(out.split())
     code, out, err = run("demo", "--json")
     assert (code, err) == (0, "")
-    assert [cache["name"] for cache in json.loads(out)["caches"]] == ["full", "paper", "compact"]
+    result = json.loads(out)
+    assert [cache["name"] for cache in result["caches"]] == ["full", "paper", "compact"]
+    assert fields(result) == documented("demo")

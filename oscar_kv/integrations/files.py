@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from oscar_kv.storage.files import load_packed, save_packed
 from oscar_kv.storage.offload import Staging
 
 
-def save_cache(cache: OscarCache, path: str | Path, model: Any) -> None:
+def save_cache(
+    cache: OscarCache, path: str | Path, model: Any, *, about: Mapping[str, Any] | None = None
+) -> None:
     """Writes everything ``cache`` holds to ``path``, and the fingerprint of ``model``.
 
     An earlier file of ours there stays whole until this one is.
@@ -26,6 +29,7 @@ def save_cache(cache: OscarCache, path: str | Path, model: Any) -> None:
         cache: holds at least one token.
         path: of the file; its folder exists.
         model: that the cache was filled by.
+        about: plain values to store beside it, for :func:`oscar_kv.storage.files.read_about`.
 
     Raises:
         TypeError: if ``cache`` is another cache, or ``model`` no model.
@@ -51,7 +55,7 @@ def save_cache(cache: OscarCache, path: str | Path, model: Any) -> None:
             raise ValueError(f"layer {index} is a {type(layer).__name__}: it cannot be saved")
     if not packed:
         raise ValueError("the cache is empty: expected one that has seen tokens")
-    save_packed(path, packed, extra, {"fingerprint": fingerprint(model)})
+    save_packed(path, packed, extra, {**(about or {}), "fingerprint": fingerprint(model)})
 
 
 def load_cache(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oscar_kv.config import OscarConfig
+from oscar_kv.replacing import replacing
 from oscar_kv.storage.offload import Staging
 from oscar_kv.storage.packed import PackedKV
 
@@ -54,10 +56,9 @@ def save_packed(
         FileExistsError: if something else is there.
         OSError: if the file cannot be written.
     """
-    if not caches:
+    if not (caches or extra or about):
         raise ValueError("caches is empty: expected at least one PackedKV")
-    target = Path(path).resolve()  # what a link names is replaced, not the link
-    _require_writable(target)
+    _require_ours(Path(path))
     tensors: dict[str, Tensor] = {f"extra/{k}": v.contiguous() for k, v in (extra or {}).items()}
     described: dict[str, Any] = {}
     for name, packed in caches.items():
@@ -79,10 +80,28 @@ def save_packed(
         "description": text,
         "checksum": checksum(text, tensors),
     }
+    with replacing(path) as part:
+        try:
+            save_file(tensors, str(part), metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """The plain values that :func:`save_packed` stored, whatever the format version.
+
+    Only the head of the file is read, and its checksum is not verified.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a file.
+    """
+    with _opened(path) as (_, metadata):
+        pass
     try:
-        save_file(tensors, str(target), metadata=metadata)  # beside it, then put there as a whole
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
+        return dict(json.loads(metadata["description"])["about"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
 
 
 def load_packed(
@@ -99,19 +118,8 @@ def load_packed(
         FileNotFoundError: if there is no such file.
         ValueError: if it is not such a file, is of another format version, or is damaged.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, expected a file")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not an {_FORMAT} file")
+    with _opened(path) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("version") != str(FORMAT_VERSION):
         raise ValueError(
             f"{path}: format version {metadata.get('version')}, expected {FORMAT_VERSION}: "
@@ -132,23 +140,37 @@ def load_packed(
     return Contents(caches, extra, description["about"])
 
 
-def _require_writable(path: Path) -> None:
-    """Raises OSError where no file of ours can be put without loss."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, expected the name of a file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder")
-    if path.exists() and not is_ours(path):
+def _require_ours(path: Path) -> None:
+    """Raises FileExistsError where a file of others would be lost."""
+    if path.is_file() and not is_ours(path):
         raise FileExistsError(f"{path}: exists and is not an {_FORMAT} file: choose another name")
 
 
 def is_ours(path: Path) -> bool:
     """Whether a file was written by :func:`save_packed`, of whatever version, damaged or not."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return (file.metadata() or {}).get("format") == _FORMAT
-    except (SafetensorError, OSError):
+        with _opened(path):
+            return True
+    except (ValueError, OSError):
         return False
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A file of :func:`save_packed` and its metadata; raises what :func:`read_about` does."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, expected a file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path}: not an {_FORMAT} file")
+            yield file, metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
