@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from families import FAMILIES, Family, each_family, left_padded, teacher_forced, tokens
 from torch import Tensor
 
-from oscar_kv import OscarCache, OscarConfig
+from oscar_kv import OscarCache, OscarConfig, load_cache, save_cache
 
 IMPLEMENTATIONS = ["oscar", "sdpa", "eager"]
 SINKS = OscarConfig(sink_tokens=4, recent_tokens=0)
@@ -168,3 +169,19 @@ def test_starts_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"starts=\[0, 7\]: expected one for each of 3 sequences"):
         model(tokens(3, 20), past_key_values=cache)
     assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_a_saved_cache_knows_its_padding(tmp_path: Path) -> None:
+    model = FAMILIES["Llama"].model("oscar")
+    ids, mask = left_padded(tokens(2, 310), [0, 130])
+    cache = OscarCache(model.config, SINKS, starts=[0, 130])
+    teacher_forced(model, ids[:, :300], [300], cache, mask[:, :300])
+    save_cache(cache, tmp_path / "prompt.safetensors", model)
+    loaded = load_cache(tmp_path / "prompt.safetensors", model)
+    assert loaded.get_seq_length() == 300
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, 300:]}
+    found, wanted = (
+        model(ids[:, 300:], past_key_values=one, **inputs).logits for one in (loaded, cache)
+    )
+    assert torch.equal(found, wanted)

@@ -43,11 +43,12 @@ def save_cache(
     require_model(model)
     if cache.made_for != (own := identity(model.config)):
         raise ValueError(f"the cache {difference(cache.made_for, own)}")
-    packed, extra = {}, {}
+    cache.end_pass()
+    packed, extra, padding = {}, {}, {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, OscarLayer):
             if layer.packed is not None:
-                packed[str(index)] = layer.packed
+                packed[str(index)], padding[str(index)] = layer.packed, layer.padding
         elif type(layer) is DynamicSlidingWindowLayer:
             if layer.is_initialized:
                 extra |= _sliding_states(index, layer)
@@ -55,7 +56,8 @@ def save_cache(
             raise ValueError(f"layer {index} is a {type(layer).__name__}: it cannot be saved")
     if not packed:
         raise ValueError("the cache is empty: expected one that has seen tokens")
-    save_packed(path, packed, extra, {**(about or {}), "fingerprint": fingerprint(model)})
+    ours = {"fingerprint": fingerprint(model), "padding": padding}
+    save_packed(path, packed, extra, {**(about or {}), **ours})
 
 
 def load_cache(
@@ -92,7 +94,7 @@ def load_cache(
         cache.staging[staging.device] = staging
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, OscarLayer) and str(index) in packed:
-            layer.adopt(packed[str(index)])
+            layer.adopt(packed[str(index)], about["padding"][str(index)])
         elif isinstance(layer, DynamicSlidingWindowLayer) and f"{index}/keys" in extra:
             keys, values = extra[f"{index}/keys"], extra[f"{index}/values"]
             layer.lazy_initialization(keys, values)

@@ -167,7 +167,7 @@ class OscarCache(Cache):
         """A state, which a model may update in place: that is a step of a pass, too. Where it
         would leave a graph, it is given an alias."""
         if self._passes.begins_anew(layer_idx, f"lent {kind}"):
-            self._end_pass()
+            self.end_pass()
         self._require_whole()
         state = get(layer_idx, *args, **kwargs)
         self._passes.lend(layer_idx, f"lent {kind}", state)
@@ -192,7 +192,7 @@ class OscarCache(Cache):
                 yield layer
             return
         if passes.begins_anew(layer_idx, kind):
-            self._end_pass()
+            self.end_pass()
         if passes.layers is None:
             passes.layers = {index for index, one in enumerate(self.layers) if holds_states(one)}
         self._require_whole()
@@ -238,7 +238,7 @@ class OscarCache(Cache):
         if self._torn:
             raise ValueError("an earlier forward pass failed half-way: call reset() first")
 
-    def _end_pass(self) -> None:
+    def end_pass(self) -> None:
         """Ends the latest pass, and takes back what one that never came to its end has stored."""
         self._passes.require_not_running(self)
         if self._passes.unfinished:
@@ -293,7 +293,7 @@ class OscarCache(Cache):
     def _each_layer(self, method: str, argument: Any) -> None:
         """Calls a method of every layer: those of Transformers first, which may refuse. What they
         hold they replace, so that it can be put back."""
-        self._end_pass()
+        self.end_pass()
         quantized = self._quantized()
         others: list[Any] = [layer for layer in self.layers if layer not in quantized]
         before = [
