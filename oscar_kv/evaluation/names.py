@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 _COMMAS = re.compile(r",(?![^\[]*\])")  # those outside of brackets
-_CLASS = re.compile(r"[\w.]+:[^\W\d]\w*(?=:|$)")
+_CLASS = re.compile(r"[\w.]+:[A-Z]\w*(?=:|$)")
 _IN_WORDS = {
     int: "a whole number",
     float: "a number",
@@ -26,7 +26,7 @@ def parse_name(name: str) -> tuple[str, dict[str, Any]]:
     """Splits ``name:parameter=value,...`` into the name and its parameters.
 
     Values are JSON, lists become tuples; what is no JSON is a string. The name may be that of a
-    class, ``module:Class``.
+    class, ``module:Class``, which a capital tells from a parameter.
 
     Raises:
         ValueError: if there is no such list of parameters behind the colon.

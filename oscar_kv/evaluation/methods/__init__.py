@@ -59,14 +59,11 @@ def method(name: str) -> Method:
         ValueError: for an unknown name, parameter or value.
     """
     base, parameters = parse_name(name)
-    module, of_class, wanted = base.partition(":")
-    if module in METHODS and of_class:
-        raise ValueError(f"method {name!r}: expected parameter=value, not {wanted!r}")
-    if module not in METHODS and not of_class:
+    if base not in METHODS and ":" not in base:
         known = ", ".join(METHODS)
         raise ValueError(f"method {base!r}: expected one of {known}, or module:Class of your own")
     try:
-        if not of_class:
+        if base in METHODS:
             return METHODS[base].replaced(**parameters)
         kind = load_class(base)
         require_fields(kind, parameters)

@@ -41,7 +41,7 @@ def origin(method: Method) -> dict[str, Any]:
         return {}
     try:
         code = inspect.getsource(sys.modules[kind.__module__])
-    except (OSError, TypeError):  # typed in, in an interpreter
+    except (KeyError, OSError, TypeError):  # typed into an interpreter
         code = ""
     digest = hashlib.sha256(code.encode()).hexdigest()[:16]
     return {"class": f"{kind.__module__}:{kind.__qualname__}", "code": digest if code else None}

@@ -89,6 +89,7 @@ class Forced(Windowed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_at_least(3, length=self.length)
         require_at_least(1, prefix=self.prefix, step=self.step)
         if self.scored < 1:
             raise ValueError(
