@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import checkpoints
@@ -26,6 +27,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["presets"][0]["tokens"] == 128
     saved = json.loads((out / "diagnosis.json").read_text())
     assert saved == printed
+
+
+def test_json_needs_no_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run("diagnose", "--tokens", 384, "--out", tmp_path, "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == json.loads((tmp_path / "diagnosis.json").read_text())
+    assert shown.err == "no pictures: they need matplotlib, pip install 'oscar-kv[plot]'\n"
+    assert {file.name for file in tmp_path.iterdir()} == {"diagnosis.json", "diagnosis.html"}
 
 
 def test_command_with_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
