@@ -23,10 +23,10 @@ import torch
 import typer
 
 from benchmarks.record import RESULTS
-from oscar_kv.evaluation import runner
-from oscar_kv.evaluation.cache import full_layers
+from oscar_kv.evaluation import cache, runner
+from oscar_kv.evaluation.fit import fitting
 from oscar_kv.evaluation.subject import Subject, rows_of_array
-from oscar_kv.evaluation.suites import SUITES, for_model
+from oscar_kv.evaluation.suites import SUITES
 from oscar_kv.evaluation.tasks import task
 
 PERPLEXITY = "perplexity:windows=12,length=4096,prefix=2048,batch=12"
@@ -68,13 +68,13 @@ def result(out: Path, model: Path, suite: str) -> Path:
 def unfinished(model: Path, device: str, out: Path) -> set[tuple[str, str]]:
     """Suites and methods that the model can have, and not yet a row of every task."""
     subject = Subject(model, rows_of_array(text_of(model)), dtype=DTYPE, device=device)
-    layers = len(full_layers(subject.model.config))
     left: set[tuple[str, str]] = set()
     for suite, names in SUITES.items():
         done = {row["key"] for row in runner.read_rows(result(out, model, suite))}
         tasks = [task(name) for name in TASKS[suite]]
-        plans = runner.plan(subject, tasks, for_model(names, layers), SEED, done)
-        left.update((suite, name) for one in plans for name in one.names)
+        possible, _ = fitting(names, subject.model.config)
+        plans = runner.plan(subject, tasks, possible, SEED, done)
+        left.update((suite, cache.name_of(what)) for one in plans for what in one.left)
     return left
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -23,23 +22,15 @@ import oscar_kv.integrations.transformers  # noqa: F401  registers "oscar"
 from benchmarks import record
 from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
 from oscar_kv.evaluation.quality import recall, score
+from oscar_kv.evaluation.subject import rows_of_array, rows_of_text
 from oscar_kv.planner import ModelShape
 
 
-def load_array(source: str) -> torch.Tensor:
-    """The array ``NAME`` of ``FILE.npz``, given as ``FILE.npz:NAME``, as int64."""
-    path, _, name = source.rpartition(":")
-    try:
-        with np.load(path) as arrays:
-            return torch.from_numpy(arrays[name].astype(np.int64))
-    except (OSError, KeyError, ValueError) as error:
-        raise typer.BadParameter(f"{source}: expected FILE.npz:NAME ({error})") from error
-
-
-def windows_of(stream: torch.Tensor, window: int, count: int) -> torch.Tensor:
-    """Up to ``count`` windows ``[N, window]`` of a token stream, overlapping by half."""
-    windows = stream.unfold(0, window, window // 2)
-    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
+def windows_of(rows: torch.Tensor, window: int, count: int) -> torch.Tensor:
+    """Up to ``count`` windows ``[N, window]``, the beginnings of evenly spread rows."""
+    if not len(rows) or rows.shape[1] < window:
+        raise typer.BadParameter(f"rows {tuple(rows.shape)}: expected some of {window} tokens")
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long(), :window]
 
 
 def main(
@@ -62,11 +53,10 @@ def main(
     )
     loaded = loaded.to(device).eval()  # pyright: ignore[reportArgumentType]
     if tokens:
-        stream = load_array(tokens).flatten()
+        rows = rows_of_array(tokens)
     else:
-        encoded = AutoTokenizer.from_pretrained(model)(text.read_text(), return_tensors="pt")
-        stream = encoded.input_ids[0]
-    chosen = windows_of(stream, window, windows)
+        rows = rows_of_text(text, AutoTokenizer.from_pretrained(model), window)
+    chosen = windows_of(rows, window, windows)
     names = [FULL_PRECISION, *PRESETS]
     console = Console()
     with Progress(console=console) as progress:
@@ -81,13 +71,13 @@ def main(
         )
     recalls = {}
     if recall_tokens:
-        planted, answers = load_array(recall_tokens), load_array(recall_answers)
+        planted, answers = rows_of_array(recall_tokens), rows_of_array(recall_answers)
         recalls = {n: recall(loaded, planted, answers, n, batch_size=batch) for n in names}
 
     layers = ModelShape.from_config(loaded.config).layers
     layer = next(layer for layer, _ in layers if layer.quantized)
     table = Table("cache", "bits/element", "perplexity", "vs full", "same token", "recall")
-    rows = []
+    measured = []
     for cache in names:
         found, full = scores[cache], scores[FULL_PRECISION]
         bits = 16.0
@@ -97,7 +87,7 @@ def main(
             )
         increase = (found.perplexity / full.perplexity - 1) * 100
         row = {"cache": cache, "bits_per_element": bits, **found.to_dict()}
-        rows.append({**row, "increase_percent": increase, "recall": recalls.get(cache)})
+        measured.append({**row, "increase_percent": increase, "recall": recalls.get(cache)})
         table.add_row(
             cache,
             f"{bits:.2f}",
@@ -115,7 +105,7 @@ def main(
         "step": 128,
         "dtype": dtype,
     }
-    console.print(f"written: {record.write(name, settings, rows)}")
+    console.print(f"written: {record.write(name, settings, measured)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,15 @@ def diagnose(
         bool, typer.Option("--json", help="Print JSON and nothing else; files are written, too.")
     ] = False,
 ) -> None:
-    """Measure what makes a model's KV cache hard to quantize, and recommend a preset."""
+    """Measure what makes a model's KV cache hard to quantize, and recommend a preset.
+
+    Examples:
+
+    \b
+      oscar-kv diagnose --model MODEL --text question.txt
+      oscar-kv diagnose --model MODEL --text question.txt --json > found.json
+      oscar-kv diagnose --model MODEL --image photo.jpg --text question.txt
+    """
     from oscar_kv.demo import MODEL
     from oscar_kv.evaluation import diagnose_report as reporting
     from oscar_kv.evaluation.diagnose import SMALLEST
@@ -47,7 +56,6 @@ def diagnose(
     from oscar_kv.evaluation.subject import read_text
     from oscar_kv.generation import load, quiet
 
-    reporting.require_matplotlib()
     content = read_text(text or MODEL / "prompt.txt")
     quiet()
     with progress_display() as progress:
@@ -74,6 +82,8 @@ def diagnose(
         progress.add_task(f"measuring on {inputs['input_ids'].shape[1]:,} tokens", total=None)
         found = run(loaded.model, inputs, continuation, name=Path(model or MODEL).name)
         files = reporting.write(found, out)
+    if not reporting.can_draw():
+        print("no pictures: they need matplotlib, pip install 'oscar-kv[plot]'", file=sys.stderr)
     if as_json:
         return print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
     console = Console(highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import checkpoints
@@ -18,14 +19,19 @@ def run(*args: object) -> int:
     return int(stop.value.code or 0)
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_needs_no_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     out = tmp_path / "out"
     assert run("diagnose", "--tokens", 400, "--out", out, "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    printed = json.loads(shown.out)
     assert (printed["model"], printed["tokens"]) == ("demo", 272)
     assert printed["presets"][0]["tokens"] == 128
-    saved = json.loads((out / "diagnosis.json").read_text())
-    assert saved == printed
+    assert printed == json.loads((out / "diagnosis.json").read_text())
+    assert shown.err == "no pictures: they need matplotlib, pip install 'oscar-kv[plot]'\n"
+    assert {file.name for file in out.iterdir()} == {"diagnosis.json", "diagnosis.html"}
 
 
 def test_command_with_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +42,7 @@ def test_command_with_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "Recommended: " in shown
     assert "+ token scaling" in shown
+    assert (tmp_path / "out" / "norms.png").stat().st_size > 1000
     text.write_text("import os\n")
     assert run(*args, "--text", text) == 2
     assert "expected at least 384" in capsys.readouterr().err

@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
+from oscar_kv import OscarConfig
 from oscar_kv.demo import MODEL
-from oscar_kv.evaluation.diagnose import Diagnosis, diagnose
-from oscar_kv.evaluation.diagnose_presets import PresetResult, recommend
+from oscar_kv.evaluation.diagnose import Diagnosis, StepErrors, diagnose
+from oscar_kv.evaluation.diagnose_presets import PresetResult, Recommendation, recommend
 from oscar_kv.evaluation.diagnose_report import findings, head_table, write
 from oscar_kv.evaluation.quality import score
 from oscar_kv.generation import load
@@ -113,3 +116,50 @@ def test_the_layers_that_have_most_of_the_loss_are_named(demo: Diagnosis) -> Non
     assert "0.0400 nats" in said
     assert "layers 6 (70%), 0 (10%), 3 (10%)." in said
     assert "layers={6: OscarConfig.high()}" in said
+
+
+def harmed(demo: Diagnosis, **times: float) -> Diagnosis:
+    """As if rotation multiplied errors so in the third layer, and changed nothing in others."""
+
+    def changed(steps: list[StepErrors]) -> list[StepErrors]:
+        plain = steps[0]
+        errors = {part: factor * getattr(plain, part) for part, factor in times.items()}
+        return [plain, replace(plain, **errors), *steps[2:]]
+
+    layers = [
+        replace(layer, steps=changed(layer.steps) if layer.index == 2 else [layer.steps[0]] * 5)
+        for layer in demo.layers
+    ]
+    return replace(demo, layers=layers, steps=changed(demo.steps))
+
+
+def test_what_is_said_where_rotation_harms(demo: Diagnosis) -> None:
+    assert not any("Rotation makes" in one for one in findings(demo))
+    found = harmed(demo, keys=3.0, both=2.5)
+    (said,) = (one for one in findings(found) if "Rotation makes" in one)
+    assert "most in layer 2 (2.5 times the error). " in said
+    name = demo.steps[0].name
+    off = median(head.key_groups[name].whole for layer in demo.layers for head in layer.heads)
+    assert f"off by {off:.2f} without it and by {off:.2f} with it" in said
+    assert said.endswith("compact is close enough all the same.")
+    none = replace(found, recommendation=Recommendation(None, ""))
+    (said,) = (one for one in findings(none) if "Rotation makes" in one)
+    assert said.endswith("OscarConfig(key_bits=4, value_bits=4, key_group=32).")
+    OscarConfig(key_bits=4, value_bits=4, key_group=32)
+    # by values: nothing is said of keys
+    (said,) = (
+        one for one in findings(harmed(demo, values=9.0, both=2.5)) if "Rotation makes" in one
+    )
+    assert "Keys themselves" not in said
+
+
+def test_without_matplotlib(
+    demo: Diagnosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "oscar_kv.evaluation.diagnose_plots", raising=False)
+    files = write(demo, tmp_path)
+    assert [file.name for file in files] == ["diagnosis.json", "diagnosis.html"]
+    page = files[-1].read_text()
+    assert "<img" not in page
+    assert f"{demo.steps[0].both:.4f}" in page

@@ -10,6 +10,7 @@ import tiny_inputs
 import torch
 from support import tiny_model
 from torch import Tensor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from oscar_kv.evaluation.capture import capture_attention
 from oscar_kv.evaluation.diagnose import diagnose, token_kinds
@@ -49,6 +50,26 @@ def test_images_and_sounds(family: str, tmp_path: Path) -> None:
     assert 0 < found.presets[0].tokens <= 64
     assert not found.sensitivity
     write(found, tmp_path)
+
+
+def test_one_full_layer_with_one_wide_head(tmp_path: Path) -> None:
+    """Gemma 3's shape: one KV head of 256 channels, one layer in six attends over everything."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=7,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=64,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    ids = tiny_inputs.text(300, batch=1)
+    found = diagnose(model, {"input_ids": ids[:, :280]}, ids[:, 280:])
+    assert [layer.index for layer in found.layers] == list(found.sensitivity) == [5]
+    said = findings(found)
+    assert said[0].endswith("in 1 full-attention layer with 1 KV head in all.")
+    assert found.layers[0].heads[0].values.kurtosis == pytest.approx(3, abs=0.3)
+    assert found.presets[0].bits < 2.2
+    page = write(found, tmp_path)[-1].read_text()
+    assert page.count("<tr>") == 3 + len(found.presets) + len(found.steps) + 1
+    assert page.count("<div class=wide><table>") == page.count("<table>") == 3
 
 
 def test_token_kinds() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.colors import to_hex
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from oscar_kv.cli import main
 from oscar_kv.core.attention import attention
@@ -87,7 +89,7 @@ def test_drift_is_the_divergence_by_position(subject: Subject) -> None:
     )
     assert full == {"kl": 0, "kl_by_position": [0, 0, 0, 0]}
     whole = Perplexity(windows=1, length=520, prefix=128)
-    same = whole.run(subject, contenders(subject, "kivi"), 0, ignore)[0].result
+    same = next(whole.run(subject, contenders(subject, "kivi"), 0, ignore)).result
     assert kivi["kl"] == pytest.approx(same["kl"], rel=1e-4)
     sizes = torch.tensor([128.0, 128, 128, 7])
     mean = (torch.tensor(kivi["kl_by_position"]) * sizes).sum() / sizes.sum()
@@ -164,11 +166,11 @@ def test_all_contenders_get_the_same_windows(subject: Subject) -> None:
         Drift(windows=1, length=300, prefix=128),
         AttentionError(windows=1, length=256),
     ):
-        alone = one.run(subject, contenders(subject, "quarot"), 0, ignore)[0]
+        (alone,) = one.run(subject, contenders(subject, "quarot"), 0, ignore)
         among = one.run(subject, contenders(subject, "kivi", "compact@cache", "quarot"), 0, ignore)
-        assert among[2] == alone
+        assert list(among)[2] == alone
         steps: list[int] = []
-        one.run(subject, contenders(subject, "kivi", "fp8"), 0, steps.append)
+        list(one.run(subject, contenders(subject, "kivi", "fp8"), 0, steps.append))
         assert sum(steps) == 2 * one.count
 
 
@@ -181,13 +183,38 @@ def test_text_is_never_what_was_used_for_calibration(subject: Subject) -> None:
     assert subject.calibration[0].keys.shape == (4, 2, 700, 128)
 
 
-def test_texts_become_rows(subject: Subject, tmp_path: Path) -> None:
+def test_rows_begin_as_the_tokenizer_begins_a_text(subject: Subject, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("import os\nprint(os.name)\n" * 50)
     rows = rows_of_text(file, subject.tokenizer, 32)
-    ids = subject.tokenizer(file.read_text()).input_ids
-    assert rows.flatten().tolist() == ids[: rows.numel()]
-    assert len(ids) - rows.numel() < 32
+    first, *ids = subject.tokenizer(file.read_text()).input_ids
+    assert rows.shape == (len(ids) // 31, 32)
+    assert rows[:, 0].tolist() == [first] * len(rows)
+    assert rows[:, 1:].flatten().tolist() == ids[: 31 * len(rows)]
+    assert rows_of_text(file, subject.tokenizer, 10_000).shape == (0, 10_000)
+    with pytest.raises(ValueError, match="rows of 1 tokens: expected more than the 1 in front"):
+        rows_of_text(file, subject.tokenizer, 1)
+
+
+@pytest.mark.parametrize("template", [None, "$A <end>", "<a> <b> $A", "<a> $A <end>"])
+def test_rows_of_tokenizers_that_begin_otherwise(template: str | None, tmp_path: Path) -> None:
+    """Without a special token, with two, and with one behind a text, which no row ends with."""
+    special = {"<a>": 0, "<b>": 1, "<end>": 2}
+    words = {f"w{i}": i + 3 for i in range(20)}
+    backend = Tokenizer(models.WordLevel({**special, **words}, unk_token="<a>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if template is not None:
+        backend.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=list(special.items())
+        )
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(words))
+    rows = rows_of_text(file, PreTrainedTokenizerFast(tokenizer_object=backend), 6)
+    begin = [special[one] for one in (template or "$A").split("$A")[0].split()]
+    each = 6 - len(begin)
+    assert rows.tolist() == [
+        begin + list(range(3 + i * each, 3 + (i + 1) * each)) for i in range(20 // each)
+    ]
 
 
 # -- runner and commands --------------------------------------------------------------------
@@ -259,7 +286,8 @@ def test_report(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     page.write_text("# Page\n\n<!-- results: tiny -->\nold\n<!-- end -->\n\nafter\n")
     folder = tmp_path / "report"
     assert run("report", results, "--out", folder, "--into", page) == 0
-    listed = capsys.readouterr().out.split()
+    shown = capsys.readouterr().out.splitlines()
+    listed = [line for line in shown if line.startswith(str(folder))]
     assert all(Path(path).stat().st_size > 500 for path in listed)
     kinds = {Path(path).stem.split("_")[-1] for path in listed}
     assert kinds == {"pareto", "map", "positions", "report"}

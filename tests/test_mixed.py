@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache, LlamaConfig
 
 from oscar_kv import OscarCache, OscarConfig
 from oscar_kv.demo import MODEL
 from oscar_kv.evaluation import runner
 from oscar_kv.evaluation.cache import MethodCache, MethodLayer, bits_of, contender, describe
+from oscar_kv.evaluation.fit import fitting
 from oscar_kv.evaluation.methods import FP8, METHODS, Ablation, Method, method
 from oscar_kv.evaluation.mixed import Mixed
 from oscar_kv.evaluation.sensitivity import layer_sensitivity
 from oscar_kv.evaluation.subject import Subject, rows_of_array
-from oscar_kv.evaluation.suites import SUITES, for_model
+from oscar_kv.evaluation.suites import SUITES
 from oscar_kv.evaluation.tasks import task
 from oscar_kv.evaluation.teacher import fill, forced, kl_divergence, read_prompt
 
@@ -118,14 +119,28 @@ def test_sensitivity_is_the_divergence_with_one_layer_quantized(subject: Subject
 
 
 def test_a_suite_leaves_out_what_a_model_cannot_have() -> None:
+    config = AutoConfig.from_pretrained(MODEL)
+    one_layer = AutoConfig.from_pretrained(MODEL, num_hidden_layers=1)
     for suite in ("peers", "ablation"):
-        assert for_model(SUITES[suite], 8) == list(SUITES[suite])
-        few = for_model(SUITES[suite], 1)
+        assert fitting(SUITES[suite], config) == (list(SUITES[suite]), [])
+        few, wrong = fitting(SUITES[suite], one_layer)
         assert "mixed:layers=[0,1]" not in few
         assert [name for name in SUITES[suite] if not name.startswith("mixed")] == [
             name for name in few if not name.startswith("mixed")
         ]
-    assert "mixed:layers=1" in for_model(SUITES["ablation"], 1)
+        assert all("the model has 1 full-attention layers" in why for why in wrong)
+    assert "mixed:layers=1" in fitting(SUITES["ablation"], one_layer)[0]
+
+
+def test_a_suite_leaves_out_groups_that_do_not_divide_a_head() -> None:
+    odd = LlamaConfig(hidden_size=160, num_attention_heads=2, head_dim=80, num_hidden_layers=2)
+    fit, wrong = fitting(["full", "kivi", "kivi:group=16", "int4", "mixed:base=kivi"], odd)
+    assert fit == ["full", "kivi:group=16", "int4"]
+    assert len(wrong) == 2
+    for why in wrong:
+        assert (
+            "cannot quantize 2 KV heads of 80 channels: group=32: expected a divisor of 80" in why
+        )
 
 
 def test_rows_say_which_layers_were_chosen(subject: Subject) -> None:
@@ -151,7 +166,7 @@ def test_mistakes() -> None:
         "mixed:layers=[0,x]": "expected how many, or which",
         "mixed:layers=[0,1.0]": r"layers=\(0, 1.0\): expected how many, or which",
         "mixed:layer=2": r"unknown parameters \['layer'\]",
-        "mixed@cache": "expected one of",
+        "mixed@cache": "only the presets have a cache of their own",
     }.items():
         with pytest.raises(ValueError, match=message):
             describe(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,13 +12,24 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 from oscar_kv.config import FULL_PRECISION, PAGE_TOKENS
-from oscar_kv.evaluation.methods import LayerStates, Method, Oscar, bits_per_element, method
+from oscar_kv.evaluation.methods import (
+    METHODS,
+    LayerStates,
+    Method,
+    Oscar,
+    bits_per_element,
+    method,
+    origin,
+)
 from oscar_kv.evaluation.methods.base import FULL_PRECISION_BITS
-from oscar_kv.evaluation.mixed import Mixed
+from oscar_kv.evaluation.mixed import MIXED, Mixed
+from oscar_kv.evaluation.names import parse_name
 from oscar_kv.integrations.layer import OscarLayer
 from oscar_kv.integrations.models import cache_layers, is_quantized
 from oscar_kv.integrations.transformers import OscarCache
 
+CONTENDERS = (FULL_PRECISION, *METHODS, MIXED)
+"""What can be compared, by name; beside these ``module:Class`` of others."""
 REAL_CACHE = "@cache"
 """After the name of a preset: the cache that users have, instead of the method behind it."""
 
@@ -97,27 +109,59 @@ def full_layers(model_config: PreTrainedConfig) -> list[int]:
     return [index for index, layer in layers if is_quantized(layer)]
 
 
-def describe(name: str) -> dict[str, Any]:
-    """What the contender ``name`` is, as plain values.
+def resolve(what: str | Method) -> str | Method | Mixed:
+    """What a contender is: :data:`FULL_PRECISION`, a method, or two in one cache.
 
     Args:
-        name: :data:`FULL_PRECISION`, what :func:`oscar_kv.evaluation.methods.method` or
+        what: :data:`FULL_PRECISION`, what :func:`oscar_kv.evaluation.methods.method` or
             :class:`~oscar_kv.evaluation.mixed.Mixed` takes, or the former for a preset with
-            :data:`REAL_CACHE` behind it: the cache that users have.
+            :data:`REAL_CACHE` behind it: the cache that users have. Or a method itself.
 
     Raises:
         ValueError: for another name.
     """
-    if name == FULL_PRECISION:
+    if isinstance(what, Method) or what == FULL_PRECISION:
+        return what
+    name = what.removesuffix(REAL_CACHE)
+    base, _ = parse_name(name)
+    if base not in CONTENDERS and ":" not in base:
+        known = ", ".join(CONTENDERS)
+        raise ValueError(f"method {base!r}: expected one of {known}, or module:Class of your own")
+    if base == FULL_PRECISION:
+        raise ValueError(f"method {what!r}: {FULL_PRECISION} takes no parameters")
+    found = Mixed.called(name) or method(name)
+    if name != what and not isinstance(found, Oscar):
+        raise ValueError(f"{what!r}: only the presets have a cache of their own")
+    return found
+
+
+def name_of(what: str | Method) -> str:
+    """A contender's name; that of a method is its class and what differs from the defaults."""
+    if isinstance(what, str):
+        return what
+    fields = [field for field in dataclasses.fields(what) if field.init]
+    changes = [
+        f"{field.name}={getattr(what, field.name)}"
+        for field in fields
+        if getattr(what, field.name) != field.default
+    ]
+    return ":".join([type(what).__name__, *([",".join(changes)] if changes else [])])
+
+
+def describe(what: str | Method) -> dict[str, Any]:
+    """What a contender is (see :func:`resolve`), as plain values.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    found = resolve(what)
+    if isinstance(found, str):
         return {"class": "DynamicCache"}
-    if mixed := Mixed.called(name):
-        return mixed.parameters()
-    found = method(name.removesuffix(REAL_CACHE))
-    if not name.endswith(REAL_CACHE):
+    if isinstance(found, Oscar) and isinstance(what, str) and what.endswith(REAL_CACHE):
+        return {"class": "OscarCache", **found.config.to_dict()}
+    if isinstance(found, Mixed):
         return found.parameters()
-    if not isinstance(found, Oscar):
-        raise ValueError(f"{name!r}: only the presets have a cache of their own")
-    return {"class": "OscarCache", **found.config.to_dict()}
+    return {**found.parameters(), **origin(found)}
 
 
 class Contender(NamedTuple):
@@ -131,29 +175,28 @@ class Contender(NamedTuple):
 
 
 def contender(
-    name: str,
+    what: str | Method,
     model_config: PreTrainedConfig,
     calibration: Callable[[], Sequence[LayerStates]],
     sensitivity: Callable[[Method], Sequence[float]],
 ) -> Contender:
-    """The contender ``name`` (see :func:`describe`) on one model.
+    """A contender (see :func:`resolve`) on one model.
 
     Args:
-        name: of the contender.
+        what: the contender.
         model_config: ``model.config``.
         calibration: states of every full-attention layer on other text; called if needed.
         sensitivity: what a method does to the model in each of them, on other text; likewise.
     """
-    describe(name)
-    if name == FULL_PRECISION:
+    found, name = resolve(what), name_of(what)
+    if isinstance(found, str):
         return Contender(name, lambda: DynamicCache(config=model_config))
-    if mixed := Mixed.called(name):
+    if isinstance(found, Mixed):
         count = len(full_layers(model_config))
-        chosen = mixed.choose(count, sensitivity)
-        each = [mixed.methods[layer in chosen] for layer in range(count)]
+        chosen = found.choose(count, sensitivity)
+        each = [found.methods[layer in chosen] for layer in range(count)]
         return Contender(name, lambda: MethodCache(model_config, each), chosen)
-    found = method(name.removesuffix(REAL_CACHE))
-    if name.endswith(REAL_CACHE) and isinstance(found, Oscar):
+    if isinstance(found, Oscar) and name.endswith(REAL_CACHE):
         config = found.config
         return Contender(name, lambda: OscarCache(model_config, config))
     methods = [found]

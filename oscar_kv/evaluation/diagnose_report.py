@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -13,7 +13,9 @@ from typing import NamedTuple
 from oscar_kv.evaluation.diagnose import LARGE, LOW, Channels, Diagnosis, Head
 
 _SHOWN_POSITIONS = 8
-_SENSITIVE_LAYERS = 3
+_SENSITIVE_LAYERS = _SHOWN_LAYERS = 3
+_HARM = 1.1
+"""Times the attention error from which on a step is said to make it worse."""
 _NEGLIGIBLE = 1e-3
 """Nats."""
 
@@ -29,8 +31,9 @@ def findings(diagnosis: Diagnosis) -> list[str]:
     heads = [head for layer in diagnosis.layers for head in layer.heads]
     counts = ", ".join(f"{n:,} {kind}" for kind, n in diagnosis.tokens_by_kind.items())
     return [
-        f"Measured on {diagnosis.tokens:,} tokens ({counts}), {len(diagnosis.layers)} layers, "
-        f"{len(heads)} KV heads.",
+        f"Measured on {diagnosis.tokens:,} tokens ({counts}), in "
+        f"{_count(len(diagnosis.layers), 'full-attention layer')} with "
+        f"{_count(len(heads), 'KV head')} in all.",
         *(
             _channels(name, [one(head) for head in heads], [rotated(head) for head in heads])
             for name, one, rotated in (
@@ -43,6 +46,7 @@ def findings(diagnosis: Diagnosis) -> list[str]:
         _shared(heads, "large-norm", f"over {LARGE:g}", lambda head: head.norms.large),
         *_kinds(heads),
         *_steps(diagnosis, heads),
+        *_rotation(diagnosis, heads),
         *_sensitive(diagnosis),
     ]
 
@@ -134,14 +138,13 @@ def head_table(diagnosis: Diagnosis) -> Table:
 
 
 def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
-    """Writes ``diagnosis.html``, ``diagnosis.json`` and the pictures; returns what was written.
+    """Writes ``diagnosis.html``, ``diagnosis.json`` and, where matplotlib is, the pictures.
+
+    Returns what was written.
 
     Raises:
-        ValueError: if matplotlib is missing, or the folder cannot be written.
+        ValueError: if the folder cannot be written.
     """
-    require_matplotlib()
-    from oscar_kv.evaluation.diagnose_plots import pictures
-
     chosen = diagnosis.recommendation
     body = [
         f"<h1>What quantization meets in {html.escape(diagnosis.model)}</h1>",
@@ -152,7 +155,7 @@ def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
         *map(_html_table, tables(diagnosis)),
     ]
     files = {"diagnosis.json": json.dumps(diagnosis.to_dict(), allow_nan=False, indent=1).encode()}
-    for name, caption, png in pictures(diagnosis):
+    for name, caption, png in _pictures(diagnosis):
         files[f"{name}.png"] = png
         data = base64.b64encode(png).decode()
         body.append(
@@ -170,12 +173,22 @@ def write(diagnosis: Diagnosis, folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def require_matplotlib() -> None:
-    """Raises ValueError where pictures cannot be drawn."""
+def _pictures(diagnosis: Diagnosis) -> Iterable[tuple[str, str, bytes]]:
+    """Names, captions and PNGs, none without matplotlib."""
+    if not can_draw():
+        return ()
+    from oscar_kv.evaluation.diagnose_plots import pictures
+
+    return pictures(diagnosis)
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there."""
     try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("diagnose needs matplotlib: pip install 'oscar-kv[plot]'") from error
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _channels(name: str, before: Sequence[Channels], after: Sequence[Channels]) -> str:
@@ -248,6 +261,41 @@ def _steps(diagnosis: Diagnosis, heads: Sequence[Head]) -> list[str]:
     return said
 
 
+def _rotation(diagnosis: Diagnosis, heads: Sequence[Head]) -> list[str]:
+    """What it means, and what to do, where rotation makes attention worse."""
+    plain, rotated = diagnosis.steps[:2]
+    if rotated.both <= _HARM * plain.both:
+        return []
+    harms = {
+        layer.index: layer.steps[1].both / layer.steps[0].both
+        for layer in diagnosis.layers
+        if layer.steps[1].both > _HARM * layer.steps[0].both > 0
+    }
+    worst = sorted(harms, key=lambda index: -harms[index])[:_SHOWN_LAYERS]
+    where = ", ".join(f"layer {index} ({harms[index]:.1f} times the error)" for index in worst)
+    said = f"Rotation makes attention worse here, most in {where}. "
+    if rotated.keys * plain.values >= rotated.values * plain.keys:
+        off = [
+            median(head.key_groups[step.name].whole for head in heads) for step in (plain, rotated)
+        ]
+        said += (
+            f"Keys themselves are off by {off[0]:.2f} without it and by {off[1]:.2f} with it "
+            "(median head), but it takes their error from the channels that vary most into all "
+            "others, and queries read others more. "
+        )
+    said += "Every preset rotates, so what the presets do to the logits counts this. "
+    if diagnosis.recommendation.preset:
+        return [f"{said}{diagnosis.recommendation.preset} is close enough all the same."]
+    return [
+        f"{said}None is close enough: keep full precision for this model, or try 4 bits in groups "
+        "of 32, OscarConfig(key_bits=4, value_bits=4, key_group=32)."
+    ]
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
 def _times(ratio: float | None) -> str:
     return "without bound" if ratio is None or ratio == float("inf") else f"{ratio:.1f} times"
 
@@ -257,7 +305,9 @@ def _html_table(table: Table) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = "".join(row(cells, "td") for cells in table.rows)
-    return f"<h2>{html.escape(table.title)}</h2><table>{row(table.header, 'th')}{body}</table>"
+    head = row(table.header, "th")
+    drawn = f"<div class=wide><table>{head}{body}</table></div>"
+    return f"<h2>{html.escape(table.title)}</h2>{drawn}"
 
 
 _PAGE = """<!doctype html>
@@ -266,6 +316,8 @@ _PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; } td, th { padding: .2em .8em; border-bottom: 1px solid #ccc; }
 td:not(:first-child), th:not(:first-child) { text-align: right; }
+.wide { overflow-x: auto; } .wide table:has(th:nth-child(9)) { font-size: 12px; }
+.wide :has(th:nth-child(9)) :is(td, th) { padding: .2em .5em; }
 .choice { background: #eef6ee; padding: .8em; } figcaption { color: #666; }
 figure { margin: 1.5em 0; } img { max-width: 100%; }
 </style>

@@ -66,6 +66,13 @@ METRICS: dict[str, list[Metric]] = {
     ],
     "attention": [Metric("output error", _of("error"), _number("error"))],
 }
+HEADLINES = {
+    "perplexity": "increase",
+    "recall": "recall",
+    "drift": "KL, nats",
+    "attention": "output error",
+}
+"""What one number says of a task."""
 PRIMARY = {"perplexity": "KL, nats", "recall": "recall", "drift": "KL, nats"}
 """What decides the Pareto front of a task; the first metric of the others."""
 
@@ -186,6 +193,66 @@ class Section:
             "commit ": {e["commit"] for e in found},
         }
         return "; ".join(name + ", ".join(sorted(values)) for name, values in used.items()) + "."
+
+
+@dataclass(frozen=True)
+class Overview:
+    """All that was measured of one model: a line per method, a column per task."""
+
+    title: str
+    header: list[str]
+    cells: list[list[str]]
+
+
+def overviews(rows: Sequence[Row]) -> list[Overview]:
+    """One for every model, text and seed of ``rows``."""
+    by_model: dict[str, list[Row]] = {}
+    for row in rows:
+        by_model.setdefault(repr((row["model"], row["seed"])), []).append(row)
+    return [_overview(of_model) for of_model in by_model.values()]
+
+
+def headline(row: Row) -> Metric:
+    """The metric that says most about a row in one number."""
+    name = row["task"]["name"]
+    return next(metric for metric in METRICS[name] if metric.title == HEADLINES[name])
+
+
+def _overview(rows: Sequence[Row]) -> Overview:
+    tasks = {repr(row["task"]): row for row in rows}
+    methods = {repr(row["method"]): row for row in rows}
+    found = {(repr(row["method"]), repr(row["task"])): headline(row).text(row) for row in rows}
+    model = rows[0]["model"]
+    return Overview(
+        f"{model['name']}, {model['dtype']} on {model['device']}, seed {rows[0]['seed']}",
+        [
+            "method",
+            f"bits at {LONG_CONTEXT // 1024}K",
+            *(_column(row, list(tasks.values())) for row in tasks.values()),
+        ],
+        [
+            [
+                label(row),
+                f"{bits_at(row, LONG_CONTEXT):.2f}",
+                *(found.get((method, task), "-") for task in tasks),
+            ]
+            for method, row in methods.items()
+        ],
+    )
+
+
+def _column(row: Row, rows: Sequence[Row]) -> str:
+    """Task and metric, and the settings that tell this task from others of its name."""
+    task = row["task"]
+    others = [other["task"] for other in rows if other["task"]["name"] == task["name"]]
+    apart = [
+        f"{key}={value}"
+        for key, value in task.items()
+        if any(other.get(key) != value for other in others)
+    ]
+    metric = headline(row).title
+    name = task["name"] if metric == task["name"] else f"{task['name']}: {metric}"
+    return f"{name} ({', '.join(apart)})" if apart else name
 
 
 def label(row: Row) -> str:

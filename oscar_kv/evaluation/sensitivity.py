@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from oscar_kv.evaluation.cache import MethodCache, full_layers
 from oscar_kv.evaluation.methods import Method
-from oscar_kv.evaluation.teacher import fill, forced, kl_divergence, read_prompt
+from oscar_kv.evaluation.reference import Reference
+from oscar_kv.evaluation.teacher import fill, forced, kl_divergence
 
 STEP = 128
 
@@ -28,16 +28,14 @@ def layer_sensitivity(model: Any, tokens: Tensor, method: Method) -> list[float]
         Mean KL divergence from the full cache's logits, nats, for every full-attention layer.
     """
     prefix = tokens.shape[1] // 2
-    prompt = DynamicCache(config=model.config)
-    read_prompt(model, tokens[:, :prefix], prompt)
-    full = fill(DynamicCache(config=model.config), prompt)
-    exact = [logits for logits, _ in forced(model, tokens, full, prefix, STEP)]
+    reference = Reference(model)
     count = len(full_layers(model.config))
     found = []
     for layer in range(count):
         methods = [method if index == layer else None for index in range(count)]
-        cache = fill(MethodCache(model.config, methods), prompt)
+        cache = fill(MethodCache(model.config, methods), reference.prompt(tokens[:, :prefix]))
+        exact = reference.logits(tokens, prefix, STEP)
         steps = zip(exact, forced(model, tokens, cache, prefix, STEP))
-        divergence = [kl_divergence(reference, logits) for reference, (logits, _) in steps]
+        divergence = [kl_divergence(expected, logits) for expected, (logits, _) in steps]
         found.append(float(torch.cat(divergence, 1).mean()))
     return found

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from oscar_kv.config import FULL_PRECISION, PRESETS, OscarConfig
-from oscar_kv.evaluation.mixed import Mixed
 
 _PUBLISHED = (
     "fp8",
@@ -40,12 +37,6 @@ PAPER_GRID = (
 )
 PAPER_GRID += ",value_group=32,recent_tokens=0"
 SAME_WINDOW = "sink_tokens=0,recent_tokens=128"
-
-
-def for_model(names: Iterable[str], full_layers: int) -> list[str]:
-    """Those of ``names`` that a model with so many full-attention layers can have."""
-    mixed = {name: Mixed.called(name) for name in names}
-    return [name for name, one in mixed.items() if one is None or one.fits(full_layers)]
 
 
 SUITES: dict[str, tuple[str, ...]] = {

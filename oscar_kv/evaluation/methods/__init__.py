@@ -1,7 +1,8 @@
 """Every method under its name, and how to name one with other parameters.
 
 ``"kivi"`` is a method as published, ``"kivi:recent_tokens=128"`` the same with a parameter
-changed, ``"ablation:rotation=false,key_fit=minmax"`` ours with a step left out.
+changed, ``"ablation:rotation=false,key_fit=minmax"`` ours with a step left out,
+``"mine:Rounded"`` a class of your own.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from oscar_kv.evaluation.methods.kvarn import KVarN
 from oscar_kv.evaluation.methods.oscar import Oscar
 from oscar_kv.evaluation.methods.oscar_eigen import OscarEigen
 from oscar_kv.evaluation.methods.ott import OTT
+from oscar_kv.evaluation.methods.own import load_class, origin
 from oscar_kv.evaluation.methods.quarot import QuaRot
 from oscar_kv.evaluation.methods.rotatekv import RotateKV
 from oscar_kv.evaluation.methods.turboquant import TurboQuant
-from oscar_kv.evaluation.names import parse_name
+from oscar_kv.evaluation.names import parse_name, require_fields
 
 METHODS: dict[str, Method] = {
     "fp8": FP8(),
@@ -50,15 +52,24 @@ METHODS: dict[str, Method] = {
 
 
 def method(name: str) -> Method:
-    """The method called ``name``, see :func:`oscar_kv.evaluation.names.parse_name`.
+    """The method called ``name``, see :func:`oscar_kv.evaluation.names.parse_name`; or, for
+    ``module:Class``, one of that class.
 
     Raises:
         ValueError: for an unknown name, parameter or value.
     """
     base, parameters = parse_name(name)
-    if base not in METHODS:
-        raise ValueError(f"method {base!r}: expected one of {tuple(METHODS)}")
-    return METHODS[base].replaced(**parameters)
+    if base not in METHODS and ":" not in base:
+        known = ", ".join(METHODS)
+        raise ValueError(f"method {base!r}: expected one of {known}, or module:Class of your own")
+    try:
+        if base in METHODS:
+            return METHODS[base].replaced(**parameters)
+        kind = load_class(base)
+        require_fields(kind, parameters)
+        return kind(**parameters)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"method {name!r}: {error}") from error
 
 
 __all__ = [
@@ -82,5 +93,6 @@ __all__ = [
     "View",
     "bits_per_element",
     "method",
+    "origin",
     "view",
 ]

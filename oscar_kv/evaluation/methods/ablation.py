@@ -72,6 +72,7 @@ class Ablation(Method):
     source: ClassVar[str] = "OScaR, arXiv 2605.19660, section 4, and docs/how-it-works.md"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {accepted}")

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from oscar_kv.core.grid import round_fp16
+from oscar_kv.evaluation.names import require_at_least, require_fields
 
 FULL_PRECISION_BITS = 16
 
@@ -70,6 +71,10 @@ class Method(ABC):
     needs_calibration: ClassVar[bool] = False
     """Whether :meth:`for_layer` needs states of the model on other text."""
 
+    def __post_init__(self) -> None:
+        require_at_least(0, sink_tokens=self.sink_tokens, recent_tokens=self.recent_tokens)
+        require_at_least(1, block_tokens=self.block_tokens)
+
     @abstractmethod
     def quantize(self, keys: Tensor, values: Tensor, start: int) -> Quantized:
         """Quantizes whole blocks.
@@ -92,11 +97,9 @@ class Method(ABC):
         """A copy with other parameters.
 
         Raises:
-            ValueError: if there is no such parameter.
+            ValueError: if there is no such parameter, or it does not take such a value.
         """
-        known = {field.name for field in dataclasses.fields(self) if field.init}
-        if unknown := sorted(set(changes) - known):
-            raise ValueError(f"unknown parameters {unknown}: expected {sorted(known)}")
+        require_fields(type(self), changes)
         return dataclasses.replace(self, **changes)
 
     def parameters(self) -> dict[str, Any]:
@@ -178,8 +181,9 @@ def minmax_coded(x: Tensor, dim: int, group: int, bits: int, clip: float = 1.0) 
         clip: factor of minimum and maximum; what lies outside saturates.
 
     Raises:
-        ValueError: if ``group`` does not divide that dimension.
+        ValueError: if there are no bits, or ``group`` does not divide that dimension.
     """
+    require_at_least(1, bits=bits, group=group)
     if x.shape[dim] % group:
         raise ValueError(f"group={group}: expected a divisor of {x.shape[dim]}")
     grouped = x.unflatten(dim, (-1, group))

@@ -27,6 +27,7 @@ class FP8(Method):
     source: ClassVar[str] = "vLLM, kv_cache_dtype fp8 and fp8_per_token_head"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.scale not in ("tensor", "token"):
             raise ValueError(f"scale={self.scale!r}: expected 'tensor' or 'token'")
 

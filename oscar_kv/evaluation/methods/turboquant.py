@@ -34,6 +34,7 @@ class TurboQuant(Method):
     source: ClassVar[str] = "TurboQuant, arXiv 2504.19874, algorithm 1 (TurboQuant_mse)"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits}: expected 1 to 8")
         if self.norm not in ("plain", "energy", "unbiased"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from oscar_kv.evaluation.names import parse_name
+from oscar_kv.evaluation.names import parse_name, require_fields
 from oscar_kv.evaluation.tasks.attention import AttentionError
 from oscar_kv.evaluation.tasks.base import Measured, Task
 from oscar_kv.evaluation.tasks.drift import Drift
@@ -27,11 +25,12 @@ def task(name: str) -> Task:
     """
     base, parameters = parse_name(name)
     if base not in TASKS:
-        raise ValueError(f"task {base!r}: expected one of {tuple(TASKS)}")
-    known = [field.name for field in dataclasses.fields(TASKS[base])]
-    if unknown := sorted(set(parameters) - set(known)):
-        raise ValueError(f"task {name!r}: unknown parameters {unknown}, expected {known}")
-    return TASKS[base](**parameters)
+        raise ValueError(f"task {base!r}: expected one of {', '.join(TASKS)}")
+    try:
+        require_fields(TASKS[base], parameters)
+        return TASKS[base](**parameters)
+    except ValueError as error:
+        raise ValueError(f"task {name!r}: {error}") from error
 
 
 __all__ = ["TASKS", "AttentionError", "Drift", "Measured", "Perplexity", "Recall", "Task", "task"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,8 @@ import torch
 
 from oscar_kv.core.attention import attention
 from oscar_kv.evaluation.cache import FULL_BITS, Contender, bits_of
-from oscar_kv.evaluation.capture import capture
+from oscar_kv.evaluation.names import require_at_least
+from oscar_kv.evaluation.reference import Reference
 from oscar_kv.evaluation.subject import Subject
 from oscar_kv.evaluation.tasks.base import Measured, Progress, Windowed
 
@@ -31,32 +32,40 @@ class AttentionError(Windowed):
     queries: int = 128
     name: ClassVar[str] = "attention"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, queries=self.queries)
+        if self.queries >= self.length:
+            raise ValueError(
+                f"queries={self.queries}: expected fewer than length={self.length} tokens"
+            )
+
     def run(
-        self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress
-    ) -> list[Measured]:
+        self, subject: Subject, contenders: Iterable[Contender], seed: int, progress: Progress
+    ) -> Iterator[Measured]:
         """``error``, the mean over layers and windows, and ``error_by_layer``."""
-        errors: list[list[list[float]]] = [[] for _ in contenders]
-        bits = [FULL_BITS for _ in contenders]
-        for tokens in subject.windows(self.windows, self.length).split(1):
-            states = capture(subject.model, tokens)
-            queries = [layer.queries[:, :, -self.queries :] for layer in states.values()]
-            exact = [attention(q, *layer[1:]) for q, layer in zip(queries, states.values())]
-            for index, one in enumerate(contenders):
-                cache = one.make_cache()
+        reference = Reference(subject.model)
+        windows = subject.windows(self.windows, self.length).split(1)
+        for one in contenders:
+            errors, bits = [], FULL_BITS
+            for tokens in windows:
+                states, cache = reference.states(tokens), one.make_cache()
                 for number, layer in states.items():
                     older = layer.keys[:, :, : -self.queries], layer.values[:, :, : -self.queries]
                     cache.update(*older, layer_idx=number)
                 found = []
-                for (number, layer), query, out in zip(states.items(), queries, exact):
+                for number, layer in states.items():
+                    query = layer.queries[:, :, -self.queries :]
+                    exact = attention(query, layer.keys, layer.values)
                     keys, values = (part[:, :, -self.queries :] for part in layer[1:])
                     seen = (part[...] for part in cache.update(keys, values, number))
-                    error = attention(query, *seen) - out
-                    norms = (torch.linalg.vector_norm(part.float()) for part in (error, out))
+                    error = attention(query, *seen) - exact
+                    norms = (torch.linalg.vector_norm(part.float()) for part in (error, exact))
                     found.append(float(next(norms) / next(norms)))
-                errors[index].append(found)
-                bits[index] = bits_of(cache)
+                errors.append(found)
+                bits = bits_of(cache)
                 progress(1)
-        return [Measured(count, _summary(found)) for count, found in zip(bits, errors)]
+            yield Measured(bits, _summary(errors))
 
 
 def _summary(errors: list[list[float]]) -> dict[str, object]:

@@ -3,85 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import Cache
 
-from oscar_kv.evaluation.cache import FULL_BITS, Bits, Contender, bits_of
+from oscar_kv.evaluation.cache import FULL_BITS, Contender, bits_of
+from oscar_kv.evaluation.names import require_at_least
+from oscar_kv.evaluation.reference import Reference
 from oscar_kv.evaluation.subject import Subject
-from oscar_kv.evaluation.tasks.base import Measured, Progress, Windowed, exact_prompt
+from oscar_kv.evaluation.tasks.base import Forced, Measured, Progress
 from oscar_kv.evaluation.teacher import fill, forced, kl_divergence
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perplexity(Windowed):
-    """Teacher-forced: a prompt of ``prefix`` tokens, the rest of the window in steps.
+class Perplexity(Forced):
+    """Likelihood of the text behind the prompt, and the logits beside the full cache's.
 
     Attributes:
-        prefix: of them, the prompt.
-        step: tokens per forward pass; where ``prefix`` and ``step`` are multiples of 128 a step is
-            what decoding token by token would be (:class:`~oscar_kv.evaluation.cache.MethodLayer`).
         batch: windows at a time.
     """
 
     windows: int = 8
     prefix: int = 1024
-    step: int = 128
     batch: int = 1
     name: ClassVar[str] = "perplexity"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, batch=self.batch)
+
     def run(
-        self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress
-    ) -> list[Measured]:
+        self, subject: Subject, contenders: Iterable[Contender], seed: int, progress: Progress
+    ) -> Iterator[Measured]:
         """Loss, KL divergence and top-1 agreement of every contender.
 
         ``increase_error`` is the standard error of ``increase_percent`` over windows, paired with
         the full cache.
         """
-        windows = subject.windows(self.windows, self.length)
-        full_losses: list[Tensor] = []
-        tallies = [_Tally() for _ in contenders]
-        for tokens in windows.split(self.batch):
-            prompt = exact_prompt(subject, tokens[:, : self.prefix])
-            full = fill(DynamicCache(config=subject.model.config), prompt)
-            exact = list(self._steps(subject, tokens, full))
-            full_losses.append(torch.cat([_losses(*step) for step in exact], 1).sum(-1))
-            for one, tally in zip(contenders, tallies):
-                cache = fill(one.make_cache(), prompt)
-                found = torch.zeros(3, len(tokens), dtype=torch.float64)
-                steps = self._steps(subject, tokens, cache)
-                for (reference, _), (logits, targets) in zip(exact, steps):
-                    same = logits.argmax(-1) == reference.argmax(-1)
-                    parts = _losses(logits, targets), kl_divergence(reference, logits), same
+        reference, model = Reference(subject.model), subject.model
+        windows = subject.windows(self.windows, self.length).split(self.batch)
+        for one in contenders:
+            sums, bits = [], FULL_BITS
+            for tokens in windows:
+                cache = fill(one.make_cache(), reference.prompt(tokens[:, : self.prefix]))
+                exact = reference.logits(tokens, self.prefix, self.step)
+                steps = forced(model, tokens, cache, self.prefix, self.step)
+                found = torch.zeros(4, len(tokens), dtype=torch.float64)
+                for expected, (logits, targets) in zip(exact, steps):
+                    parts = (
+                        _losses(logits, targets),
+                        _losses(expected, targets),
+                        kl_divergence(expected, logits),
+                        logits.argmax(-1) == expected.argmax(-1),
+                    )
                     found += torch.stack([part.double().sum(-1).cpu() for part in parts])
-                tally.sums.append(found)
-                tally.bits = bits_of(cache)
+                sums.append(found)
+                bits = bits_of(cache)
                 progress(len(tokens))
-        scored = self.length - 1 - self.prefix
-        full_loss = torch.cat(full_losses).double().cpu() / scored
-        return [
-            Measured(tally.bits, _summary(torch.cat(tally.sums, 1) / scored, full_loss, scored))
-            for tally in tallies
-        ]
-
-    def _steps(
-        self, subject: Subject, tokens: Tensor, cache: Cache
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        return forced(subject.model, tokens, cache, self.prefix, self.step)
-
-
-@dataclass
-class _Tally:
-    """Sums of loss, divergence and agreement ``[3, B]`` of every batch, and the latest bits."""
-
-    sums: list[Tensor] = field(default_factory=list)
-    bits: Bits = FULL_BITS
+            yield Measured(bits, _summary(torch.cat(sums, 1) / self.scored, self.scored))
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -89,8 +72,8 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().mT, targets, reduction="none")
 
 
-def _summary(found: Tensor, full: Tensor, scored: int) -> dict[str, object]:
-    loss, kl, agreement = found
+def _summary(found: Tensor, scored: int) -> dict[str, object]:
+    loss, full, kl, agreement = found
     difference = loss - full
     ratio = math.exp(float(difference.mean()))
     error = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from oscar_kv.evaluation.cache import FULL_BITS, Contender, bits_of
+from oscar_kv.evaluation.names import require_at_least
+from oscar_kv.evaluation.reference import Reference
 from oscar_kv.evaluation.subject import Subject
-from oscar_kv.evaluation.tasks.base import Measured, Progress, exact_prompt
+from oscar_kv.evaluation.tasks.base import Measured, Progress
 from oscar_kv.evaluation.teacher import fill, forced
 
 
@@ -66,48 +68,53 @@ class Recall:
     name: ClassVar[str] = "recall"
 
     def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ValueError("lengths=(): expected at least one")
+        require_at_least(1, lengths=min(self.lengths), keys=self.keys, values=self.values)
+        require_at_least(1, depths=self.depths, trials=self.trials, step=self.step)
         if self.keys > 1 and self.keys % self.depths:
             raise ValueError(f"keys={self.keys}: expected 1 or a multiple of depths={self.depths}")
+        for name in ("definition", "question"):
+            template = getattr(self, name)
+            fields = {field for _, field, _, _ in string.Formatter().parse(template)} - {None}
+            if fields != {"key", "value"}:
+                raise ValueError(f"{name}={template!r}: expected {{key}} and {{value}} in it")
 
     @property
     def count(self) -> int:
         return len(self.lengths) * self.trials * (self.depths if self.keys == 1 else 1)
 
     def require(self, subject: Subject) -> None:
-        subject.windows(1, max(self.lengths))
+        longest = max(text.tokens.shape[1] for _, text in self.texts(subject, seed=0))
+        subject.require_context(longest)
 
     def run(
-        self, subject: Subject, contenders: Sequence[Contender], seed: int, progress: Progress
-    ) -> list[Measured]:
+        self, subject: Subject, contenders: Iterable[Contender], seed: int, progress: Progress
+    ) -> Iterator[Measured]:
         """``recall``, the share of right answers, and ``map``, the same by length and depth."""
-        right = [torch.zeros(len(self.lengths), self.depths) for _ in contenders]
+        reference, texts = Reference(subject.model), self.texts(subject, seed)
         asked = torch.zeros(len(self.lengths), self.depths)
-        bits = [FULL_BITS for _ in contenders]
-        for row, text in self.texts(subject, seed):
-            prompt = exact_prompt(subject, text.tokens[:, : text.context])
+        for row, text in texts:
             for depth in text.depths:
                 asked[row, depth] += 1
-            for index, one in enumerate(contenders):
-                cache = fill(one.make_cache(), prompt)
+        for one in contenders:
+            right, bits = torch.zeros_like(asked), FULL_BITS
+            for row, text in texts:
+                cache = fill(one.make_cache(), reference.prompt(text.tokens[:, : text.context]))
                 steps = forced(subject.model, text.tokens, cache, text.context, self.step)
                 hits = torch.cat([logits.argmax(-1) == wanted for logits, wanted in steps], 1)[0]
                 for depth, answer in zip(text.depths, text.answers):
                     # the logits at position p choose token p + 1
                     where = torch.tensor(answer, device=hits.device) - 1 - text.context
-                    right[index][row, depth] += bool(hits[where].all())
-                bits[index] = bits_of(cache)
+                    right[row, depth] += bool(hits[where].all())
+                bits = bits_of(cache)
                 progress(1)
-        return [
-            Measured(
-                count,
-                {
-                    "recall": float(found.sum() / asked.sum()),
-                    "answers": int(asked.sum()),
-                    "map": (found / asked).tolist(),
-                },
-            )
-            for count, found in zip(bits, right)
-        ]
+            result = {
+                "recall": float(right.sum() / asked.sum()),
+                "answers": int(asked.sum()),
+                "map": (right / asked).tolist(),
+            }
+            yield Measured(bits, result)
 
     def texts(self, subject: Subject, seed: int) -> list[tuple[int, Needles]]:
         """All texts with the index of their length: the same for the same seed."""
@@ -137,7 +144,12 @@ class Recall:
             needles.append((name, value, depth))
         length = len(filler)
         planted = [self._encode(tokenizer, self.definition, *n[:2])[0] for n in needles]
-        filler = filler[: length - sum(map(len, planted))]
+        if (needed := sum(map(len, planted))) >= length:
+            raise ValueError(
+                f"{length} of lengths: the needles alone are {needed} tokens; expected more, or "
+                "fewer keys or values"
+            )
+        filler = filler[: length - needed]
         # Only where a line ends, and from the back, so that earlier places stay where they are.
         ends = {t for t in set(filler) if tokenizer.decode([t]).startswith("\n")}
         lines = [i for i, token in enumerate(filler) if token in ends] or [len(filler)]
