@@ -71,6 +71,8 @@ def test_gradients_around_tokens_stored_as_zeros_are_refused() -> None:
 @each_family("Llama", "Gemma3Text", "GptOss", "Qwen3Next", "Lfm2")
 def test_a_cache_filled_with_gradients_on_keeps_no_graph(family: Family) -> None:
     """It can be copied, and does not grow by what a backward pass would need."""
+    if family.name == "Lfm2" and not hasattr(DynamicCache, "get_conv_state"):
+        pytest.skip("this Transformers changes the state of a convolution unseen")
     model = family.model("oscar")
     cache = OscarCache(model.config)
     for part in tokens(1, 310).split([300, 9, 1], 1):

@@ -184,6 +184,8 @@ def test_a_failed_pass_in_a_hybrid_is_noticed(
     name: str, new: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also between layers of which none is quantized, or all are linear."""
+    if name == "Lfm2" and new == 1 and not hasattr(DynamicCache, "get_conv_state"):
+        pytest.skip("this Transformers changes the state of a convolution unseen")
     model: Any = copy.deepcopy(FAMILIES[name].model("oscar"))
     ids = tokens(1, 70)
     layers = [i for i, kind in enumerate(FAMILIES[name].layers) if kind != "."] + [0]
