@@ -103,7 +103,8 @@ def generate(
     else:
         ids = loaded.encode(text)
     generation.check_length(loaded.model.config, ids.shape[1], max_new_tokens)
-    cache = make_cache(loaded.model, preset, offloading=offload)
+    most = ids.shape[1] + max_new_tokens
+    cache = make_cache(loaded.model, preset, max_tokens=most, offloading=offload)
     graph = generation.decode_graph(loaded.model, cache, cuda_graph)
     streamer = None
     if not as_json:

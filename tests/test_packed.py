@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from states import states
 from torch import Tensor
 
 from oscar_kv import OscarConfig, PackedKV, quantize
+from oscar_kv.kernels import append
 from oscar_kv.storage.codec import encode_into
 
 CONFIGS = {
@@ -385,3 +387,31 @@ def test_reserved_tokens_are_counted_and_given_up() -> None:
     packed.crop(700)
     assert packed.pool.used == sum(packed.pages_per_sequence)
     assert packed.most_tail_tokens == max(packed.tails_per_sequence)
+
+
+@pytest.mark.parametrize("preset", ["compact", "paper"])
+@pytest.mark.parametrize("chunks", [[10, 5, 5], [20, 1], [5, 300, 1], [15, 100, 13, 1, 128]])
+def test_short_sequences_take_no_more_than_they_need(preset: str, chunks: list[int]) -> None:
+    """Where their length is known before; if they outgrow it, nothing is lost."""
+    config = OscarConfig.preset(preset)
+    keys, values = states("gaussian", 2, 2, sum(chunks), 32)
+
+    def empty(max_tokens: int | None) -> PackedKV:
+        return PackedKV(config, batch_size=2, num_kv_heads=2, head_dim=32, max_tokens=max_tokens)
+
+    told, untold = empty(20), empty(None)
+    assert told.nbytes < untold.nbytes / 3
+    for begin, part in zip(itertools.accumulate([0, *chunks]), keys.split(chunks, 2)):
+        new = part, values[:, :, begin : begin + part.shape[2]]
+        for packed in (told, untold):
+            append(packed, *new)
+        assert told.lengths == untold.lengths
+        assert told.pages_per_sequence == untold.pages_per_sequence
+        for one, other in zip(told.dense(), untold.dense()):
+            assert torch.equal(one, other)
+        if max(told.lengths) <= 20:
+            assert told.memory()["unused"] == 2 * 2 * 2 * 32 * 4 * (20 - told.max_length)
+    told.crop(3)
+    untold.crop(3)
+    for one, other in zip(told.dense(), untold.dense()):
+        assert torch.equal(one, other)

@@ -36,11 +36,14 @@ class Score:
         return {**asdict(self), "perplexity": self.perplexity}
 
 
-def make_cache(model: PreTrainedModel, name: str, *, offloading: bool = False) -> Cache:
+def make_cache(
+    model: PreTrainedModel, name: str, *, max_tokens: int | None = None, offloading: bool = False
+) -> Cache:
     """An empty cache for ``model``: :data:`FULL_PRECISION`, or the preset called ``name``."""
     if name == FULL_PRECISION:
         return DynamicCache(config=model.config, offloading=offloading)
-    return OscarCache(model.config, OscarConfig.preset(name), offloading=offloading)
+    config = OscarConfig.preset(name)
+    return OscarCache(model.config, config, max_tokens=max_tokens, offloading=offloading)
 
 
 def score(

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from oscar_kv.config import PAGE_TOKENS
@@ -81,6 +82,7 @@ class PackedKV(PackedStates):
         groups = group_by_shape(self._sequences, self.device, counts)
         writes = [plan_write(self, group, keys, values) for group in groups]
         self._widen_table(max(len(w.group.sample.pages) + w.pages for w in writes))
+        self._widen_tail(max(w.tail_begin + w.tail[0].shape[2] for w in writes))
         ids = self.pool.allocate(sum(write.new_pages for write in writes))
         try:
             grown = self._grown(counts, ids)
@@ -135,6 +137,7 @@ class PackedKV(PackedStates):
             return keys, values
         if self.config.check_finite:
             require_storable(keys, values, counts, self.config)
+        self._widen_tail(self.tail_capacity)
         undo = self._undo_of(counts)
         self.version = object()
         for row, (sequence, count) in enumerate(zip(self._sequences, counts)):
@@ -175,6 +178,7 @@ class PackedKV(PackedStates):
             raise ValueError(f"tokens={tokens}: expected a number >= 0")
         if isinstance(self.pool, OffloadedPool):
             raise ValueError("reserve: pages are offloaded, so every step needs the host")
+        self._widen_tail(self.tail_capacity)
         self._device_leads = True
         self._undo = None
         self.version = object()
@@ -429,6 +433,13 @@ class PackedKV(PackedStates):
             table = self.block_table.new_zeros(self.batch_size, width + width // 8)
             table[:, :old] = self.block_table
             self.block_table = table
+
+    def _widen_tail(self, tokens: int) -> None:
+        """Makes all the room that a tail may need, if there is none for so many."""
+        missing = self.tail_capacity - self.tail_keys.shape[2]
+        if tokens > self.tail_keys.shape[2]:
+            for name in ("tail_keys", "tail_values"):
+                setattr(self, name, F.pad(getattr(self, name), (0, 0, 0, missing)))
 
     def _sync_lengths(self) -> None:
         """Brings the device-side lengths up to the host's."""

@@ -45,7 +45,8 @@ class PackedStates:
         value_head_dim: value channels, E; ``head_dim`` if omitted.
         dtype: of the full-precision tokens: float16, bfloat16 or float32.
         device: where everything lives.
-        max_tokens: makes room for sequences of this length; the pool grows as needed if omitted.
+        max_tokens: makes room for sequences of this length, and on a CPU for no more than that as
+            long as they do not outgrow it; the pool grows as needed if omitted.
         staging: of this device; pages are then kept in CPU memory and come there for use.
 
     Raises:
@@ -97,10 +98,12 @@ class PackedStates:
                 (batch_size, num_kv_heads, tokens, channels), dtype=dtype, device=device
             )
 
-        capacity = config.recent_tokens + PAGE_TOKENS
-        self.tail_keys = full_precision(capacity, head_dim)
+        slots = self.tail_capacity
+        if max_tokens is not None and device.type == "cpu":  # kernels want all of it
+            slots = min(slots, max_tokens)
+        self.tail_keys = full_precision(slots, head_dim)
         """``[B, H, recent_tokens + 128, D]``, of which `tail_lengths` tokens are in use."""
-        self.tail_values = full_precision(capacity, self.layout.value_dim)
+        self.tail_values = full_precision(slots, self.layout.value_dim)
         self.sink_keys = full_precision(config.sink_tokens, head_dim)
         """``[B, H, sink_tokens, D]``, of which `sink_lengths` tokens are in use."""
         self.sink_values = full_precision(config.sink_tokens, self.layout.value_dim)
@@ -161,6 +164,11 @@ class PackedStates:
     def most_pages(self) -> int:
         """Pages that a sequence has, or may have before the host hears of it."""
         return max(len(s.pages) + len(s.reserved) for s in self._sequences)
+
+    @property
+    def tail_capacity(self) -> int:
+        """The most tokens in a tail: with as many, the oldest become a page."""
+        return self.config.recent_tokens + PAGE_TOKENS
 
     @property
     def most_tail_tokens(self) -> int:
