@@ -117,6 +117,11 @@ def test_rows_with_padding_are_chosen_cropped_and_expanded() -> None:
     cache.crop(-300)  # into the padding of the second row
     assert cache.get_seq_length() == 10
     assert packed_of(cache).packed.lengths == [10, 0]
+    cache = filled()
+    cache.reorder_cache(torch.tensor([1, 1]))
+    cache.crop(-310)
+    teacher_forced(model, ids, [310], cache)
+    assert packed_of(cache).packed.lengths == [180, 180]
     cache.reset(starts=[3, 0])
     teacher_forced(model, ids, [310], cache)
     assert packed_of(cache).packed.lengths == [307, 310]

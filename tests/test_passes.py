@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from families import FAMILIES, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers.cache_utils import LinearAttentionLayer
 
-from oscar_kv import OscarCache, OscarConfig
+from oscar_kv import OscarCache, OscarConfig, save_cache
 
 EXACT = OscarConfig(recent_tokens=512)
 LAYERS = 4
@@ -235,6 +237,91 @@ def test_a_failed_pass_is_taken_back_before_the_cache_is_changed(
         ]
         for one, other in zip(failed.layers, untouched.layers):
             assert torch.equal(one.keys.clone(), other.keys.clone())
+
+
+def lengths_of(cache: Any) -> list[int]:
+    return [layer.get_seq_length() for layer in cache.layers]
+
+
+def given(cache: OscarCache, index: int, new: int, poison: bool = False) -> None:
+    states = torch.randn(1, 2, new, 32, generator=torch.Generator().manual_seed(index))
+    cache.update(states * torch.nan if poison else states, states, index)
+
+
+def test_layers_of_different_lengths_keep_what_they_held() -> None:
+    """A refused update takes back its own pass in each layer, and nothing else."""
+    for lengths in ([10, 20, 20, 20], [20, 10, 20, 20]):
+        cache = OscarCache(config(), EXACT)
+        for index, length in enumerate(lengths):
+            given(cache, index, length)
+        given(cache, 0, 1)
+        with pytest.raises(ValueError, match="NaN, Inf"):
+            given(cache, 1, 1, poison=True)
+        assert lengths_of(cache) == lengths
+
+
+def test_room_is_reserved_and_counted_after_whole_passes_only() -> None:
+    """As a CUDA graph asks: it decodes from one length in all layers."""
+    cache = OscarCache(config(), EXACT)
+    for index in range(LAYERS):
+        given(cache, index, 10)
+    for ahead in (lambda: cache.reserve(5), lambda: cache.advance(0)):
+        given(cache, 0, 1)
+        given(cache, 1, 1)
+        ahead()
+        assert lengths_of(cache) == [10] * LAYERS
+
+
+def test_a_change_interrupted_between_layers_asks_for_a_reset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where lengths would not tell: an order of sequences."""
+    for method, argument in (("reorder_cache", torch.tensor([1, 0])), ("crop", -3)):
+        model, ids = llama(), tokens(2, 40)
+        cache: Any = OscarCache(model.config, EXACT)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        name = {"reorder_cache": "select", "crop": "crop"}[method]
+        with monkeypatch.context() as patch:
+            patch.setattr(cache.layers[2].packed, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                getattr(cache, method)(argument)
+        with pytest.raises(ValueError, match=r"reset\(\) first"):
+            model(ids[:, :1], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"reset\(\) first"):
+            cache.crop(-1)
+        cache.reset()
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_states_of_one_layer_belong_to_one_pass() -> None:
+    """A layer of linear attention may have several."""
+    cache = OscarCache(FAMILIES["Lfm2"].config(), EXACT)
+    cache.layers[0] = LinearAttentionLayer(number_of_states=2)
+    states = torch.randn(1, 1, 1, 32)
+    for _ in range(3):
+        for number in range(2):
+            cache.update_conv_state(torch.randn(1, 64, 3), 0, state_idx=number)
+        cache.update(states, states, 1)
+    assert cache.get_seq_length(1) == 3
+
+
+def test_a_torn_cache_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = copy.deepcopy(FAMILIES["Gemma3Text"].model("oscar"))
+    cache, ids = OscarCache(model.config, EXACT), tokens(1, 60)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        monkeypatch.setattr(model.model.layers[0].mlp, "forward", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"reset\(\) first"):
+        save_cache(cache, tmp_path / "torn.safetensors", model)
+    assert not list(tmp_path.iterdir())
 
 
 # -- threads -----------------------------------------------------------------------------------

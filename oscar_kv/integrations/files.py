@@ -41,8 +41,8 @@ def save_cache(
     if not isinstance(cache, OscarCache):
         raise TypeError(f"cache is a {type(cache).__name__}: only an OscarCache can be saved")
     require_model(model)
-    if cache.made_for != (own := identity(model.config)):
-        raise ValueError(f"the cache {difference(cache.made_for, own)}")
+    if other := difference(cache.made_for, identity(model.config)):
+        raise ValueError(f"the cache {other}")
     cache.end_pass()
     packed, extra, padding = {}, {}, {}
     for index, layer in enumerate(cache.layers):

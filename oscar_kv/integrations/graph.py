@@ -105,6 +105,8 @@ class DecodeGraph:
         Raises:
             ValueError: if the cache has no room left, or no kernels for what it holds.
         """
+        if isinstance(self.cache, OscarCache):
+            self.cache.end_pass()
         if self._graph is None or not self._is_current():
             return self._first(ids)
         self.cache.advance(1)

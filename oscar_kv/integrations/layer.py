@@ -52,11 +52,13 @@ class OscarLayer(CacheLayerMixin):
         self.padding: list[int] = []
         """Tokens of left padding that each sequence was given and does not hold."""
         self._starts: list[int] = []
-        """How many it will be given in all."""
+        """Left padding of each sequence, whether it has come yet or not."""
+        self._shift: Tensor | None = None
+        """``padding`` on the device, if there is any."""
         self.visible_from: Tensor | None = None
         """int32 ``[B]``: first visible tokens of those it holds, for steps without a mask."""
         self._unseen_sinks = 0
-        """Tokens kept in full precision that no mask has shown yet: they may be padding."""
+        """Tokens kept in full precision that no mask was compared with yet: they may be padding."""
 
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -116,13 +118,14 @@ class OscarLayer(CacheLayerMixin):
         return LazyStates.pair(view)
 
     def _view(self, packed: PackedKV, *new: Tensor | None, **more: Any) -> AttentionView:
-        return AttentionView(packed, *new, starts=self.visible_from, padding=self.padding, **more)
+        padding = {"padding": self.padding, "shift": self._shift}
+        return AttentionView(packed, *new, starts=self.visible_from, **padding, **more)
 
     def _padding_among(self, states: Tensor, before: int) -> list[int]:
         """How many of the new tokens of each sequence are left padding."""
         batch, _, new, _ = states.shape
         if not before:
-            starts = self.starts or [0]
+            starts = self._starts if any(self._starts) else self.starts or [0]
             if batch % len(starts):
                 raise ValueError(f"starts={starts}: expected one for each of {batch} sequences")
             # Beam search, for one, repeats every prompt before a cache sees it.
@@ -150,7 +153,7 @@ class OscarLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.packed, self.is_initialized = None, False
-        self.padding, self._starts, self.visible_from = [], [], None
+        self.padding, self._shift, self._starts, self.visible_from = [], None, [], None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest ``-tokens_to_remove`` tokens; see :meth:`PackedKV.crop`.
@@ -170,7 +173,7 @@ class OscarLayer(CacheLayerMixin):
             raise ValueError(f"crop({tokens_to_remove}): there are {self.get_seq_length()} tokens")
         padding = [min(lost, length) for lost in self.padding]
         self.packed.crop([length - lost for lost in padding])
-        self.padding = padding
+        self._set_padding(padding)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx.tolist())
@@ -187,8 +190,10 @@ class OscarLayer(CacheLayerMixin):
     def _select(self, rows: list[int]) -> None:
         if self.packed is not None:
             self.packed.select(rows)
-            self.padding = [self.padding[row] for row in rows]
+            self._set_padding([self.padding[row] for row in rows])
             self._starts = [self._starts[row] for row in rows]
+            if self.visible_from is not None:
+                self.visible_from = self.visible_from[rows]
 
     def _empty(self, key_states: Tensor, value_states: Tensor) -> PackedKV:
         batch, heads, _, head_dim = key_states.shape
@@ -218,9 +223,14 @@ class OscarLayer(CacheLayerMixin):
             padding: tokens of left padding of each sequence that are not in it; none if omitted.
         """
         self.packed, self.config, self.is_initialized = packed, packed.config, True
-        self.padding = [0] * packed.batch_size if padding is None else padding
-        self._starts = self._starts or self.padding
         self.dtype, self.device = packed.dtype, packed.device
+        self._set_padding([0] * packed.batch_size if padding is None else padding)
+        self._starts = self._starts or self.padding
+
+    def _set_padding(self, padding: list[int]) -> None:
+        if padding != self.padding:  # else nothing has to go to the device
+            self.padding = padding
+            self._shift = torch.tensor(padding, device=self.device) if any(padding) else None
 
 
 def _append_real(

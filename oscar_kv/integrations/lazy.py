@@ -32,7 +32,8 @@ class AttentionView:
         new_values: their values.
         starts: int ``[B]``, first visible token of each sequence, where no mask tells.
         padding: tokens of left padding that come before what ``packed`` holds of each sequence.
-        sinks: first tokens kept in full precision that may be left padding, as far as one knows.
+        shift: the same on the device, ``[B]``, if there is any padding.
+        sinks: first tokens kept in full precision that are not yet known to be no left padding.
         dtypes: of keys and values as others see them; that of ``packed`` if omitted.
         sources: what a gradient would have to reach; none comes through.
     """
@@ -42,6 +43,7 @@ class AttentionView:
     new_values: Tensor | None = None
     starts: Tensor | None = None
     padding: Sequence[int] = ()
+    shift: Tensor | None = None
     sinks: int = 0
     dtypes: tuple[torch.dtype, torch.dtype] | None = None
     sources: tuple[Tensor, ...] = ()
@@ -65,10 +67,9 @@ class AttentionView:
 
     def mask_of_held(self, mask: Tensor) -> Tensor:
         """What a mask ``[B or 1, Hq or 1, Tq, T]`` of all tokens says of those in ``packed``."""
-        if not any(self.padding):
+        if self.shift is None:
             return mask
-        column = torch.arange(self.packed.max_length, device=mask.device)
-        moved = column + torch.tensor(self.padding, device=mask.device)[:, None]
+        moved = torch.arange(self.packed.max_length, device=mask.device) + self.shift[:, None]
         moved = moved.clamp_max(mask.shape[-1] - 1)[:, None, None]  # beyond a shorter sequence
         shape = len(self.padding), *mask.shape[1:3], -1
         return mask.expand(*shape).gather(-1, moved.expand(*shape))
@@ -84,7 +85,7 @@ class AttentionView:
         with outside_inference_mode():
             dense = []
             for part, states in enumerate(self.packed.dense()):
-                if any(self.padding):
+                if self.shift is not None:
                     states = self._behind_padding(states)
                 if (new := (self.new_keys, self.new_values)[part]) is not None:
                     states[:, :, -new.shape[2] :] = new.detach()

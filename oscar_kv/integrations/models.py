@@ -54,6 +54,9 @@ def cache_argument(model: Any) -> str:
 class ImageLayer(DynamicLayer):
     """What one layer of a text model reads of an image: stored once, and taken out as it is."""
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back text, of which there is none here."""
+
 
 # Generate text without keys and values of earlier tokens, or keep them their own way. Some would
 # ignore the cache that they are given, and their configs do not tell.

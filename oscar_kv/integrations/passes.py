@@ -1,15 +1,16 @@
 """Which layers a forward pass over a cache has updated, and whether it came to its end.
 
 A model updates each of its layers once in a pass, and nobody tells a cache when a pass begins or
-ends. So a pass begins here where a layer is updated that the pass before has updated, too. That one
-was unfinished if it has stopped before layers that hold tokens: which layers a model has is learnt
-from what they hold, not from a config, since layers may be cut off, replaced or left out.
+ends. So an update of a layer that the latest pass has already updated begins a new one. The latest
+pass was unfinished if it has stopped before layers that hold tokens: which layers a model has is
+learnt from what they hold, not from a config, since layers may be cut off, replaced or left out.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class Passes:
 
     def __init__(self) -> None:
         self.layers: set[int] | None = None
-        self._updated: set[int] = set()
+        self._updated: dict[int, int | None] = {}
+        """Layers, and how many tokens each held before; ``None`` where a layer counts none."""
         self._lent: dict[tuple[int, str], tuple[Tensor, int]] = {}
         """States that a model was given to update in place, and their versions before."""
         self._kinds: set[tuple[int, str]] = set()
@@ -34,13 +36,13 @@ class Passes:
         self._uneven = False
         """Whether layers have grown differently: their lengths then tell nothing of a pass."""
         self._has_mask = self._mask_asked_for = False
-        self._thread: threading.Thread | None = None
+        self._thread: weakref.ref[threading.Thread] | None = None
 
     @property
     def updated(self) -> set[int]:
         """Layers that the latest pass has updated."""
         lent = self._lent.items()
-        return self._updated | {layer for (layer, _), (x, old) in lent if x._version != old}
+        return self._updated.keys() | {layer for (layer, _), (x, old) in lent if x._version != old}
 
     @property
     def unfinished(self) -> bool:
@@ -56,12 +58,16 @@ class Passes:
         """Tokens before the latest pass, if any layer that counts them has been updated."""
         return None if self._size is None else self._size[0]
 
+    def held_before(self, layer: int) -> int:
+        """Tokens that a layer of the latest pass held before."""
+        return self._updated.get(layer) or 0
+
     def mask_asked_for(self) -> None:
         """Notes that the next pass is told how long all of its layers are."""
         self._mask_asked_for = True
 
     def begins_anew(self, layer: int, kind: str) -> bool:
-        """Whether an update of this ``kind`` belongs to another pass than the latest."""
+        """Whether an update of this ``kind`` begins a new pass."""
         return (layer, kind) in self._kinds
 
     def record(self, layer: int, kind: str, before: int | None, new: int) -> None:
@@ -85,9 +91,9 @@ class Passes:
                     "Call reset() first"
                 )
             self._uneven |= self._size != (before, new)
-        self._thread = threading.current_thread()
+        self._thread = weakref.ref(threading.current_thread())
         self._kinds.add((layer, kind))
-        self._updated.add(layer)
+        self._updated.setdefault(layer, before)
 
     def lend(self, layer: int, kind: str, state: Tensor | None) -> None:
         """Notes that the model is given a state, which it may update in place."""
@@ -99,11 +105,12 @@ class Passes:
         """The latest pass is over, or was taken back."""
         if self.layers is not None and not taken_back:
             self.layers |= self.updated
-        self._updated, self._lent, self._kinds, self._size = set(), {}, set(), None
+        self._updated, self._lent, self._kinds, self._size = {}, {}, set(), None
 
     def require_not_running(self, cache: Any) -> None:
         """Raises RuntimeError if another thread is in the middle of the latest pass."""
-        if self.updated and self._thread is not None and _runs_a_pass(self._thread, cache):
+        thread = None if self._thread is None else self._thread()
+        if self.updated and thread is not None and _runs_a_pass(thread, cache):
             raise RuntimeError(
                 "another thread is in the middle of a forward pass over this cache: give every "
                 "thread a cache of its own"

@@ -122,9 +122,9 @@ class OscarCache(Cache):
 
         A forward pass that fails in between has stored its states in some layers and not in others:
         these are rolled back, at once if a layer refuses its states, else when the next pass
-        begins. The pass can be repeated. Two failures cannot be told from success: that of the
-        first pass, which the next one reports, and one after the last layer has stored its states,
-        which ``crop`` takes back.
+        begins. The pass can be repeated. A failed first pass is noticed only by the next one, which
+        then asks for :meth:`reset`. A pass that fails after its last layer has stored its states
+        looks complete: ``crop`` takes it back.
 
         Raises:
             ValueError: for states that are refused, and for every update until :meth:`reset` once
@@ -142,7 +142,7 @@ class OscarCache(Cache):
         self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Tensor:
         """As in Transformers; part of a pass as :meth:`update` is."""
-        with self._step_of_a_pass(layer_idx, "convolution"):
+        with self._step_of_a_pass(layer_idx, f"convolution {_state_index(args, kwargs)}"):
             return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     @untraced
@@ -150,7 +150,7 @@ class OscarCache(Cache):
         self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Tensor:
         """As in Transformers; part of a pass as :meth:`update` is."""
-        with self._step_of_a_pass(layer_idx, "recurrence"):
+        with self._step_of_a_pass(layer_idx, f"recurrence {_state_index(args, kwargs)}"):
             return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     @untraced
@@ -164,13 +164,14 @@ class OscarCache(Cache):
         return self._lend("recurrence", super().get_recurrent_state, layer_idx, *args, **kwargs)
 
     def _lend(self, kind: str, get: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """A state, which a model may update in place: that is a step of a pass, too. Where it
-        would leave a graph, it is given an alias."""
-        if self._passes.begins_anew(layer_idx, f"lent {kind}"):
+        """A state, which a model may update in place: that is a step of a pass, too. With
+        gradients on, the model gets a detached alias."""
+        kind = f"lent {kind} {_state_index(args, kwargs)}"
+        if self._passes.begins_anew(layer_idx, kind):
             self.end_pass()
         self._require_whole()
         state = get(layer_idx, *args, **kwargs)
-        self._passes.lend(layer_idx, f"lent {kind}", state)
+        self._passes.lend(layer_idx, kind, state)
         return state.detach() if state is not None and torch.is_grad_enabled() else state
 
     @contextmanager
@@ -239,19 +240,28 @@ class OscarCache(Cache):
             raise ValueError("an earlier forward pass failed half-way: call reset() first")
 
     def end_pass(self) -> None:
-        """Ends the latest pass, and takes back what one that never came to its end has stored."""
+        """Ends the latest pass, and takes back what one that never came to its end has stored.
+
+        Raises:
+            ValueError: if that cannot be taken back: call :meth:`reset`.
+            RuntimeError: if another thread is in the middle of a forward pass.
+        """
         self._passes.require_not_running(self)
         if self._passes.unfinished:
             self._take_back()
         self._passes.end()
+        self._require_whole()
 
     def _take_back(self) -> None:
         """Brings the layers that the latest pass has updated back to what they were before."""
-        for layer in (self.layers[index] for index in self._passes.updated):
+        torn, self._torn = self._torn, True  # until all of them are
+        for index in self._passes.updated:
+            layer: Any = self.layers[index]
             if isinstance(layer, OscarLayer):
-                layer.crop((self._passes.length_before or 0) - layer.get_seq_length())
-            elif holds_states(layer):
-                self._torn = True
+                layer.crop(min(0, self._passes.held_before(index) - layer.get_seq_length()))
+            else:
+                torn |= holds_states(layer)
+        self._torn = torn
         self._passes.end(taken_back=True)
 
     def reset(self, starts: Tensor | Sequence[int] | None = None) -> None:
@@ -294,8 +304,8 @@ class OscarCache(Cache):
         """Calls a method of every layer: those of Transformers first, which may refuse. What they
         hold they replace, so that it can be put back."""
         self.end_pass()
-        quantized = self._quantized()
-        others: list[Any] = [layer for layer in self.layers if layer not in quantized]
+        quantized, done = self._quantized(), 0
+        others: list[Any] = [x for x in self.layers if not isinstance(x, OscarLayer)]
         before = [
             {name: copy.copy(x) if isinstance(x, dict) else x for name, x in vars(layer).items()}
             for layer in others
@@ -305,7 +315,9 @@ class OscarCache(Cache):
                 if not hasattr(layer, method):
                     raise ValueError(f"{method}: a {type(layer).__name__} cannot do that")
                 getattr(layer, method)(argument)
+                done += isinstance(layer, OscarLayer)
         except BaseException:
+            self._torn = done > 0  # what one refuses all refuse, but for Ctrl-C and want of memory
             for layer, attributes in zip(others, before):
                 vars(layer).update(attributes)
             raise
@@ -317,11 +329,13 @@ class OscarCache(Cache):
             ValueError: before the prompt, for a model with layers that are not quantized, or with
                 offloading.
         """
+        self.end_pass()
         for packed in self.packed_layers():
             packed.reserve(tokens)
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that were appended on the device alone; see :meth:`PackedKV.advance`."""
+        self.end_pass()
         for packed in self.packed_layers():
             packed.advance(tokens)
 
@@ -379,6 +393,10 @@ class OscarCache(Cache):
         """How many of these are in CPU memory because of ``offloading``."""
         held = [layer.packed for layer in self._quantized() if layer.packed is not None]
         return sum(packed.pool.host_nbytes for packed in held)
+
+
+def _state_index(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    return kwargs.get("state_idx", args[0] if args else 0)
 
 
 def _numbers_of_padding(starts: Tensor | Sequence[int] | None) -> list[int]:

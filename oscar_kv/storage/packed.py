@@ -93,7 +93,7 @@ class PackedKV(PackedStates):
             self.pool.store(ids)
             for write in writes:
                 self._commit(write)
-            self._sequences, self._undo = grown, undo
+            self._sequences, self._undo = grown, self._kept(undo, counts)
             self._sync_lengths()
         except BaseException:  # Ctrl-C, too
             self._sequences, self._undo = before
@@ -151,7 +151,7 @@ class PackedKV(PackedStates):
         try:
             step(self, keys, values, numbers)
             self._sequences, completed = advanced(before[0], counts, self.config)
-            self._undo = undo
+            self._undo = self._kept(undo, counts)
             self.pool.store(completed)
         except BaseException:  # Ctrl-C, too
             self._sequences, self._undo = before
@@ -353,16 +353,12 @@ class PackedKV(PackedStates):
         return advanced(grown, counts, self.config)[0]
 
     def _undo_of(self, counts: Sequence[int]) -> Undo | None:
-        """What an append of ``counts`` is about to overwrite, where a crop would miss it.
-
-        After one token that leaves a recent window, a crop stays within it, and whatever comes next
-        would complete the same page.
-        """
+        """What an append of ``counts`` is about to overwrite: the tail that it makes a page of."""
         packs = any(
             sequence.pages_after(count, self.config) > len(sequence.pages)
             for sequence, count in zip(self._sequences, counts)
         )
-        if not packs or max(counts) <= min(1, self.config.recent_tokens):
+        if not packs:
             return None
         tail = max(self.tails_per_sequence)
         return Undo(
@@ -370,6 +366,14 @@ class PackedKV(PackedStates):
             self.tail_keys[:, :, :tail].clone(),
             self.tail_values[:, :, :tail].clone(),
         )
+
+    def _kept(self, undo: Undo | None, counts: Sequence[int]) -> Undo | None:
+        """``undo``, where a later crop would miss it.
+
+        After one token that leaves a recent window, a crop stays within it, and whatever comes next
+        would complete the same page.
+        """
+        return undo if max(counts) > min(1, self.config.recent_tokens) else None
 
     def _shrink(self, shorter: list[SequenceState], tails: list[_Tail]) -> None:
         """Goes over to shorter sequences, some with another beginning of their tail."""
