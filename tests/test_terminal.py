@@ -109,8 +109,12 @@ def test_lines_are_edited_and_a_pasted_block_is_one_message() -> None:
         one.wait_for("read 'two'")
         one.type("\x1b[A\x1b[A\x1b[A\r")
         one.wait_for("read 'import os'")
-        one.type("half a line\x03")
+        one.wait_for("> ")  # before it Ctrl-C would meet the script between two lines
+        one.type("half a line")
+        one.wait_for("half a line")
+        one.type("\x03")
         one.wait_for("read ''")
+        one.wait_for("> ")
         one.type("\x04")
         assert one.process.wait(30) == 0
 
@@ -122,6 +126,7 @@ def test_without_readline_lines_that_arrive_together_are_one_message() -> None:
         one.wait_for(r"read 'def f\(\):\\n    return 1'")
         one.type("import os\n")
         one.wait_for("read 'import os'")
+        one.wait_for("> ")
         one.type("\x04")
         assert one.process.wait(30) == 0
 
