@@ -112,6 +112,7 @@ def test_lines_are_edited_and_a_pasted_block_is_one_message() -> None:
         one.wait_for("> ")  # before it Ctrl-C would meet the script between two lines
         one.type("half a line")
         one.wait_for("half a line")
+        time.sleep(1)  # readline sees a signal only while it waits for the next key
         one.type("\x03")
         one.wait_for("read ''")
         one.wait_for("> ")
