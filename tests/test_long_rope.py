@@ -89,7 +89,8 @@ def exact(model: Any) -> OscarCache:
 @pytest.mark.parametrize("length", [40, LIMIT - NEW, LIMIT - 3, LIMIT - 1, LIMIT, LIMIT + 1, 100])
 def test_our_loop_says_what_generate_says(kind: str, length: int) -> None:
     phi, ids = model(kind), tokens(1, length)
-    expected = generated(phi, ids)
+    # Without a cache: across the border Transformers 5.17 reads one token of a text it has dropped.
+    expected = generated(phi, ids, use_cache=False)
     for cache in (DynamicCache(config=phi.config), exact(phi)):
         assert said(phi, ids, cache) == expected
         assert cache.get_seq_length() == length + NEW - 1
